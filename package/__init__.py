@@ -1,0 +1,2 @@
+"""shuntyard."""
+__version__ = "0.1.0"
