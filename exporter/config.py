@@ -1,0 +1,282 @@
+"""Reads ``config.json`` of a Llama 4 text model, strictly: a key that is not understood is refused by name.
+
+Sources of the semantics: transformers ``models/llama4/configuration_llama4.py`` (defaults, derived lists) and
+``modeling_rope_utils.py`` (``_compute_llama3_parameters``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from shuntyard.errors import CheckpointError, UnsupportedError
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Flag = Annotated[bool, BeforeValidator(lambda v: bool(v) if isinstance(v, int) else v), Field(strict=True)]
+
+# Keys that say nothing about what the graph computes: they steer training, generation or the tooling.
+NOT_IN_THE_GRAPH = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "cache_implementation",
+        "dtype",
+        "eos_token_id",
+        "for_llm_compressor",
+        "initializer_range",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class Rope(BaseModel):
+    """Rotary position embedding: ``default``, or ``llama3`` with its four factors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rope_type: Literal["default", "llama3"] = "default"
+    rope_theta: Number = 500000.0
+    factor: Number | None = None
+    low_freq_factor: Number | None = None
+    high_freq_factor: Number | None = None
+    original_max_position_embeddings: Positive | None = None
+
+    @model_validator(mode="after")
+    def _llama3_is_complete(self) -> Rope:
+        factors = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        given = [name for name in factors if getattr(self, name) is not None]
+        if self.rope_type == "llama3" and len(given) < len(factors):
+            raise ValueError(f"rope type llama3 needs {', '.join(sorted(set(factors) - set(given)))}")
+        if self.rope_type == "default" and given:
+            raise ValueError(f"rope type default takes no {', '.join(given)}")
+        return self
+
+    def inverse_frequencies(self, head_dim: int) -> NDArray[np.float64]:
+        """Radians per position of each rotated pair, ``[D/2]``, in float64.
+
+        llama3 keeps short wavelengths, divides the long ones by ``factor`` and blends between
+        (transformers ``_compute_llama3_parameters``, which does the same in float32).
+        """
+        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+        plain: NDArray[np.float64] = 1.0 / np.power(self.rope_theta, exponents)
+        if self.rope_type == "default":
+            return plain
+        assert self.factor and self.low_freq_factor and self.high_freq_factor
+        assert self.original_max_position_embeddings
+        original = self.original_max_position_embeddings
+        wavelength = 2 * math.pi / plain
+        slowed = plain / self.factor
+        if self.high_freq_factor == self.low_freq_factor:
+            blended = slowed  # an empty band: nothing lies strictly between the two bounds
+        else:
+            smooth = (original / wavelength - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            blended = (1 - smooth) * slowed + smooth * plain
+        is_long = wavelength > original / self.low_freq_factor
+        is_short = wavelength < original / self.high_freq_factor
+        return np.where(is_long, slowed, np.where(is_short, plain, blended))
+
+
+class Llama4Config(BaseModel):
+    """What the graph depends on, under Hugging Face's names; see the legend in ``plugins/contract.py``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    intermediate_size_mlp: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    num_local_experts: Positive
+    num_experts_per_tok: Positive
+    max_position_embeddings: Positive
+    rms_norm_eps: Number
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    use_qk_norm: Flag = True
+    tie_word_embeddings: bool = False
+    attention_chunk_size: Positive | None
+    attn_temperature_tuning: Flag = True
+    floor_scale: Number = 8192
+    attn_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    rope: Rope
+    no_rope_layers: tuple[Literal[0, 1], ...]
+    moe_layers: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Llama4Config:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: RoPE rotates pairs, it must be even")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError("num_experts_per_tok is larger than num_local_experts")
+        if len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers has {len(self.no_rope_layers)} entries for {self.num_hidden_layers} layers"
+            )
+        if len(set(self.moe_layers)) < len(self.moe_layers):
+            raise ValueError("moe_layers names a layer twice")
+        if not all(0 <= i < self.num_hidden_layers for i in self.moe_layers):
+            raise ValueError(f"moe_layers names a layer outside 0..{self.num_hidden_layers - 1}")
+        return self
+
+    def uses_rope(self, layer: int) -> bool:
+        """Whether a layer is a RoPE layer (chunked, positions rotated) or a NoPE layer (global)."""
+        return self.no_rope_layers[layer] == 1
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is routed (with a shared expert) or dense."""
+        return layer in self.moe_layers
+
+    def cache_rows(self, layer: int, context: int) -> int:
+        """Rows of a layer's KV cache for a context of so many tokens: a chunked layer holds one chunk."""
+        chunk = self.attention_chunk_size
+        return min(chunk, context) if chunk is not None and self.uses_rope(layer) else context
+
+
+_TAKEN_APART = frozenset(
+    {
+        "interleave_moe_layer_step",
+        "layer_types",
+        "model_type",
+        "moe_layers",
+        "no_rope_layer_interval",
+        "no_rope_layers",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    }
+)
+
+
+def _rope_section(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The rope keys of either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``."""
+    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path}: rope_parameters / rope_scaling must be an object")
+    if raw.get("rope_parameters") and raw.get("rope_scaling"):
+        raise CheckpointError(
+            f"{path}: has both rope_parameters and rope_scaling", hint="keep the one that the weights were trained with"
+        )
+    section = dict(section)
+    old_name = section.pop("type", None)
+    section.setdefault("rope_type", old_name or "default")
+    if "rope_theta" in raw:
+        if section.setdefault("rope_theta", raw["rope_theta"]) != raw["rope_theta"]:
+            raise CheckpointError(f"{path}: rope_theta and rope_parameters.rope_theta differ")
+    if section["rope_type"] not in ("default", "llama3"):
+        raise UnsupportedError(
+            f"{path}: rope type '{section['rope_type']}' is not supported",
+            hint="Llama 4 uses 'default' or 'llama3'; check rope_parameters / rope_scaling",
+        )
+    return section
+
+
+def _layer_lists(raw: dict[str, Any], layers: int) -> tuple[list[Any], list[Any]]:
+    """``no_rope_layers`` and ``moe_layers``, derived from their intervals where they are not given."""
+    interval = raw.get("no_rope_layer_interval", 4)
+    no_rope = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
+    step = raw.get("interleave_moe_layer_step", 1)
+    moe = raw.get("moe_layers")
+    if moe is None:
+        moe = list(range(step - 1, layers, step))
+    return list(no_rope), list(moe)
+
+
+def parse_config(raw: dict[str, Any], path: Path) -> Llama4Config:
+    """Checks and completes a text model's configuration.
+
+    Raises:
+        UnsupportedError: the model type, a key or a value is not supported; its name is in the message.
+        CheckpointError: keys are missing or contradict each other.
+    """
+    model_type = raw.get("model_type")
+    if model_type != "llama4_text":
+        known = "a text model has model_type 'llama4_text'"
+        if model_type == "llama4":
+            known = "this is a Llama 4 with a vision tower; export its text model (model_type 'llama4_text')"
+        raise UnsupportedError(
+            f"{path}: model_type {json.dumps(model_type)} is not supported", hint=f"shuntyard exports Llama 4; {known}"
+        )
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise UnsupportedError(
+            f"{path}: quantization_config (quant_method {json.dumps(method)}) is not supported",
+            hint="give the bf16 or fp16 checkpoint",
+        )
+    known_keys = set(Llama4Config.model_fields) - {"rope"} | _TAKEN_APART | NOT_IN_THE_GRAPH
+    unknown = sorted(set(raw) - known_keys - {"quantization_config"})
+    if unknown:
+        raise UnsupportedError(
+            f"{path}: config key '{unknown[0]}' is not understood" + (f" (nor {unknown[1:]})" if unknown[1:] else ""),
+            hint="it could change what the model computes; remove it only if you know that it does not",
+        )
+    fields = {key: value for key, value in raw.items() if key in Llama4Config.model_fields}
+    layers = raw.get("num_hidden_layers")
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise CheckpointError(f"{path}: num_hidden_layers is {layers!r}, must be a positive integer")
+    for key in ("no_rope_layer_interval", "interleave_moe_layer_step"):
+        if not isinstance(raw.get(key, 1), int) or raw.get(key, 1) < 1:
+            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, must be a positive integer")
+    fields["no_rope_layers"], fields["moe_layers"] = _layer_lists(raw, layers)
+    fields["rope"] = _rope_section(raw, path)
+    try:
+        config = Llama4Config.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "configuration"
+        kind = UnsupportedError if first["type"] in ("literal_error", "extra_forbidden") else CheckpointError
+        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        raise kind(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+    _check_layer_types(raw.get("layer_types"), config, path)
+    return config
+
+
+def _check_layer_types(layer_types: Any, config: Llama4Config, path: Path) -> None:
+    """``layer_types`` repeats what ``no_rope_layers`` and ``attention_chunk_size`` say: refuse a contradiction."""
+    if layer_types is None:
+        return
+    for i in range(config.num_hidden_layers):
+        chunked = config.uses_rope(i) and config.attention_chunk_size is not None
+        expected = "chunked_attention" if chunked else "full_attention"
+        given = layer_types[i] if i < len(layer_types) else None
+        if given != expected:
+            raise UnsupportedError(
+                f"{path}: layer_types[{i}] is {json.dumps(given)}, but no_rope_layers and attention_chunk_size "
+                f"make layer {i} '{expected}'",
+                hint="a RoPE layer attends within its chunk, a NoPE layer to everything; other mixes are not supported",
+            )
+
+
+def load_config(path: Path) -> Llama4Config:
+    """Reads and checks a ``config.json``; see :func:`parse_config` for what it raises."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file", hint="a checkpoint directory has a config.json") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return parse_config(raw, path)

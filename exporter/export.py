@@ -1,0 +1,168 @@
+"""``export``: a checkpoint directory becomes a model directory.
+
+A model directory holds ``model.onnx``, the checkpoint's shards as hard links, copies of its small files, and
+``shuntyard.json``. It stands on its own: it stays whole when the checkpoint's directory is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx.external_data_helper import uses_external_data
+from pydantic import BaseModel, ConfigDict
+
+import shuntyard
+from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
+from shuntyard.exporter.output import link_or_copy, output_directory
+from shuntyard.exporter.values import check_finite
+
+MODEL_NAME = "model.onnx"
+MANIFEST_NAME = "shuntyard.json"
+
+
+class ModelManifest(BaseModel):
+    """``shuntyard.json`` of a model directory."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = "model"
+    shuntyard: str
+    dtype: str
+    checkpoint_fingerprint: str
+    graph_sha256: str
+    shards: dict[str, int]
+    tensors: int
+    waived: list[str]
+    values_checked: bool
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did."""
+
+    path: Path
+    tensors: int
+    waived: list[str]
+    bytes_linked: int
+    bytes_written: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**self.__dict__, "path": str(self.path)}
+
+
+def export(
+    checkpoint_path: Path,
+    out: Path,
+    *,
+    dtype: str = "fp32",
+    copy: bool = False,
+    check_values: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> ExportResult:
+    """Exports the checkpoint at ``checkpoint_path`` to the new model directory ``out``.
+
+    Everything is checked before anything is written: each tensor is consumed or waived by name, each parameter filled
+    and of the right shape. ``check_values`` also reads all weights and refuses values that are not finite.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, incomplete or contradicts itself.
+        UnsupportedError: it holds something that is not understood.
+        OutputError: ``out`` exists or cannot be written.
+    """
+    if dtype not in COMPUTE_TYPES:
+        raise UnsupportedError(f"dtype '{dtype}' is not supported", hint=f"one of {', '.join(COMPUTE_TYPES)}")
+    checkpoint = open_checkpoint(checkpoint_path)
+    weights, waived = match_weights(checkpoint)
+    report(f"{len(weights)} tensors match, {len(waived)} waived")
+    if check_values:
+        check_finite(weights.values())
+        report("all values are finite")
+    with output_directory(out) as directory:
+        model = build_model(checkpoint.config, weights, dtype)
+        report(f"traced {len(model.functions)} functions")
+        for header in checkpoint.headers:
+            link_or_copy(header.file, directory, copy=copy, total_bytes=checkpoint.nbytes)
+        for name in SIDE_FILES:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, directory / name)
+        proto = ir.to_proto(model)
+        check_graph(proto, directory)
+        data = proto.SerializeToString(deterministic=True)
+        (directory / MODEL_NAME).write_bytes(data)
+        manifest = _manifest(checkpoint, dtype, data, waived, check_values, len(weights))
+        (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        written = sum(p.stat().st_size for p in directory.iterdir() if copy or p.suffix != ".safetensors")
+    return ExportResult(out, len(weights), waived, 0 if copy else checkpoint.nbytes, written)
+
+
+def _manifest(
+    checkpoint: Checkpoint, dtype: str, graph: bytes, waived: list[str], values_checked: bool, tensors: int
+) -> ModelManifest:
+    return ModelManifest(
+        shuntyard=shuntyard.__version__,
+        dtype=dtype,
+        checkpoint_fingerprint=checkpoint.fingerprint,
+        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        shards={header.file.name: header.file_bytes for header in checkpoint.headers},
+        tensors=tensors,
+        waived=waived,
+        values_checked=values_checked,
+    )
+
+
+def check_graph(proto: onnx.ModelProto, directory: Path) -> None:
+    """onnx's own checker on the graph, and our bounds on the external data.
+
+    The checker refuses hard links, so it sees the graph without file access, and the data's bounds are checked here.
+
+    Raises:
+        CheckpointError: an initializer lies outside its file.
+    """
+    for tensor in proto.graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        size = (directory / place["location"]).stat().st_size
+        offset, length = int(place["offset"]), int(place["length"])
+        if "/" in place["location"] or offset < 0 or offset + length > size:
+            raise CheckpointError(
+                f"{directory / place['location']}: tensor '{tensor.name}' ({offset}+{length}) lies outside it"
+            )
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    # An initializer without data is not valid on its own; as an input, it says the same to the checker.
+    for tensor in bare.graph.initializer:
+        bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del bare.graph.initializer[:]
+    onnx.checker.check_model(bare, full_check=False)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The raw ``shuntyard.json`` of a model or engine directory.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory}: has no {MANIFEST_NAME}", hint="give a directory that export or build wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return raw

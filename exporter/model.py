@@ -1,0 +1,273 @@
+"""Llama 4's text model, written to be traced: one function a part, weights passed in by their checkpoint names.
+
+The layer is the whole story; what is special about Llama 4 stands in it:
+
+* RoPE layers rotate in real arithmetic, by ``position mod chunk``: they attend within their chunk only, and
+  RoPE depends on position differences alone, so the scores are the same as with absolute positions, in exact
+  arithmetic; in float32 they are better, since angles stay small. Their KV cache holds one chunk.
+* NoPE layers attend to everything and scale the query with the position (temperature tuning).
+* The router scales the *input* of the experts by ``sigmoid(logit)``; a shared expert is added.
+
+Everything is computed in the type of ``hidden``, but norms, rotation, temperature and routing in float32.
+Weights keep their type and are cast where they are used. Nothing here imports transformers, which stays the
+independent reference (``models/llama4/modeling_llama4.py``). Shapes by the legend in ``plugins/contract.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shuntyard.exporter.config import Llama4Config
+from shuntyard.plugins import torch_ops  # noqa: F401  registers torch.ops.shuntyard
+
+Weights = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers of one kind share their code and their shapes; only weights differ."""
+
+    rope: bool
+    moe: bool
+
+    @property
+    def function_name(self) -> str:
+        """Name of the ONNX function, unique in the world since TensorRT matches functions by name alone."""
+        return f"Llama4{'Rope' if self.rope else 'Nope'}{'Moe' if self.moe else 'Dense'}Layer"
+
+
+def kind_of(config: Llama4Config, layer: int) -> LayerKind:
+    """The kind of a layer."""
+    return LayerKind(rope=config.uses_rope(layer), moe=config.is_moe(layer))
+
+
+def layer_weights(config: Llama4Config, kind: LayerKind) -> dict[str, Shape]:
+    """Names below ``model.layers.N.`` and shapes of a layer's weights, in the order of its function's inputs."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    expert, dense, experts = config.intermediate_size, config.intermediate_size_mlp, config.num_local_experts
+    weights: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (config.num_attention_heads * head_dim, hidden),
+        "self_attn.k_proj.weight": (config.num_key_value_heads * head_dim, hidden),
+        "self_attn.v_proj.weight": (config.num_key_value_heads * head_dim, hidden),
+        "self_attn.o_proj.weight": (hidden, config.num_attention_heads * head_dim),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    mlp, width = ("feed_forward.shared_expert", expert) if kind.moe else ("feed_forward", dense)
+    weights |= {
+        f"{mlp}.gate_proj.weight": (width, hidden),
+        f"{mlp}.up_proj.weight": (width, hidden),
+        f"{mlp}.down_proj.weight": (hidden, width),
+    }
+    if kind.moe:
+        weights |= {
+            "feed_forward.router.weight": (experts, hidden),
+            "feed_forward.experts.gate_up_proj": (experts, hidden, 2 * expert),
+            "feed_forward.experts.down_proj": (experts, expert, hidden),
+        }
+    return weights
+
+
+def outer_weights(config: Llama4Config) -> dict[str, Shape]:
+    """Names and shapes of the weights outside the layers."""
+    weights: dict[str, Shape] = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        weights["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return weights
+
+
+def all_weights(config: Llama4Config) -> dict[str, Shape]:
+    """Every parameter of the model: checkpoint name -> shape."""
+    weights = outer_weights(config)
+    for i in range(config.num_hidden_layers):
+        own = layer_weights(config, kind_of(config, i))
+        weights |= {f"model.layers.{i}.{name}": shape for name, shape in own.items()}
+    return weights
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [..., in] @ weight [out, in].T``, the weight cast to x's type where it is used."""
+    return x @ weight.to(x.dtype).T
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last axis in fp32, rounded to x's type."""
+    wide = x.float()
+    return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on interleaved pairs of ``x [B, S, heads, D]`` with ``cos, sin f32 [B, S, D/2]``."""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()  # [B, S, heads, D/2]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
+
+
+def temperature(positions: Tensor, config: Llama4Config) -> Tensor:
+    """Query scale of a NoPE layer, f32 ``[B, S]``: grows with the log of the position (arXiv 2501.19399)."""
+    steps = torch.floor((positions.float() + 1.0) / config.floor_scale)
+    return torch.log(1.0 + steps) * config.attn_scale + 1.0
+
+
+def swiglu(x: Tensor, w: Weights, prefix: str) -> Tensor:
+    """``down(silu(gate(x)) * up(x))``."""
+    gate = functional.silu(linear(x, w[f"{prefix}.gate_proj.weight"]))
+    return linear(gate * linear(x, w[f"{prefix}.up_proj.weight"]), w[f"{prefix}.down_proj.weight"])
+
+
+def attention(
+    config: Llama4Config, kind: LayerKind, w: Weights, x: Tensor, places: tuple[Tensor, ...], past: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-attention over a static cache.
+
+    ``places`` is ``(slots, cos, sin)`` for a RoPE layer and ``(slots,)`` for a NoPE layer, whose slots are the
+    positions. Returns the output ``[B, S, H]`` and the cache with this call's rows written.
+    """
+    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query = linear(x, w["self_attn.q_proj.weight"]).unflatten(-1, (heads, head_dim))  # [B, S, N, D]
+    key = linear(x, w["self_attn.k_proj.weight"]).unflatten(-1, (groups, head_dim))  # [B, S, G, D]
+    value = linear(x, w["self_attn.v_proj.weight"]).unflatten(-1, (groups, head_dim))
+    if kind.rope:
+        slots, cos, sin = places
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if config.use_qk_norm:
+            query, key = rms_norm(query, config.rms_norm_eps), rms_norm(key, config.rms_norm_eps)
+    else:
+        (slots,) = places
+        if config.attn_temperature_tuning:
+            scale = temperature(slots, config)[:, :, None, None]
+            query = (query.float() * scale).to(query.dtype)
+    out, present_key, present_value = torch.ops.shuntyard.cached_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *past, slots, head_dim**-0.5
+    )
+    out = out.transpose(1, 2).flatten(2)  # [B, S, N * D]
+    return linear(out, w["self_attn.o_proj.weight"]), present_key, present_value
+
+
+def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Routed plus shared experts: ``x [T, H]`` -> ``[T, H]`` and the router's logits ``f32 [T, E]``."""
+    top_k = config.num_experts_per_tok
+    ops = torch.ops.shuntyard
+    logits = x.float() @ w["feed_forward.router.weight"].float().T
+    scores, expert_offsets, permutation = ops.moe_routing(logits, top_k)
+    gate_up, down = w["feed_forward.experts.gate_up_proj"], w["feed_forward.experts.down_proj"]
+    rows = ops.moe_experts(x, scores, expert_offsets, permutation, gate_up, down, top_k)
+    shared = swiglu(x, w, "feed_forward.shared_expert")
+    return ops.moe_scatter_add(shared, rows, permutation, top_k), logits
+
+
+def decoder_layer(
+    config: Llama4Config,
+    kind: LayerKind,
+    w: Weights,
+    hidden: Tensor,
+    places: tuple[Tensor, ...],
+    past: tuple[Tensor, Tensor],
+) -> tuple[Tensor, ...]:
+    """One layer: ``hidden [B, S, H]`` -> ``hidden, present_key, present_value`` and, with MoE, router logits."""
+    normed = rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
+    attended, present_key, present_value = attention(config, kind, w, normed, places, past)
+    hidden = hidden + attended
+    normed = rms_norm(hidden, config.rms_norm_eps) * w["post_attention_layernorm.weight"].to(hidden.dtype)
+    if not kind.moe:
+        return hidden + swiglu(normed, w, "feed_forward"), present_key, present_value
+    out, logits = moe(config, w, normed.flatten(0, 1))
+    return hidden + out.view_as(hidden), present_key, present_value, logits
+
+
+def embed(input_ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``input_ids [B, S]`` -> hidden ``[B, S, H]`` of the compute type."""
+    return functional.embedding(input_ids, weight).to(dtype)
+
+
+def head(config: Llama4Config, hidden: Tensor, logits_indices: Tensor, norm: Tensor, lm_head: Tensor) -> Tensor:
+    """Logits ``f32 [B, R, V]`` of the tokens at ``logits_indices i64 [B, R]`` (places in this call, ``0..S-1``)."""
+    picked = torch.gather(hidden, 1, logits_indices.unsqueeze(2).expand(-1, -1, config.hidden_size))
+    picked = rms_norm(picked, config.rms_norm_eps) * norm.to(hidden.dtype)
+    return linear(picked, lm_head).float()
+
+
+class RotaryTable(nn.Module):
+    """Slots and rotation of the RoPE layers: ``position_ids [B, S]`` -> ``slots, cos, sin``.
+
+    Slots are positions within the chunk. Angles come from two small tables in float64, rounded to float32
+    once: a slot is ``high * width + low``, and ``cos(a + b)``, ``sin(a + b)`` follow from the tables' entries. So
+    the result is good to about 2e-7 at any position, where ``position * frequency`` in float32 is off by up
+    to half a unit in the last place of the position itself, 0.5 radians at ten million.
+    """
+
+    def __init__(self, config: Llama4Config) -> None:
+        super().__init__()
+        self.chunk = config.attention_chunk_size
+        rows = self.chunk or config.max_position_embeddings
+        # A power of two: the traced graph divides slots by it in float32, which is exact then (below 2**24).
+        self.width = 1 << (max(rows - 1, 1).bit_length() + 1) // 2
+        frequencies = config.rope.inverse_frequencies(config.head_dim)
+        low = np.arange(self.width)[:, None] * frequencies
+        high = np.arange(-(-rows // self.width))[:, None] * self.width * frequencies
+        for name, angles in (("low", low), ("high", high)):
+            self.register_buffer(f"{name}_cos", torch.from_numpy(np.cos(angles).astype(np.float32)))
+            self.register_buffer(f"{name}_sin", torch.from_numpy(np.sin(angles).astype(np.float32)))
+
+    low_cos: Tensor
+    low_sin: Tensor
+    high_cos: Tensor
+    high_sin: Tensor
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``position_ids i64 [B, S]`` -> ``slots i64 [B, S]``, ``cos, sin f32 [B, S, D/2]``."""
+        slots = position_ids if self.chunk is None else position_ids % self.chunk
+        high = torch.div(slots, self.width, rounding_mode="floor")
+        low = slots - high * self.width
+        cos_a, sin_a = functional.embedding(high, self.high_cos), functional.embedding(high, self.high_sin)
+        cos_b, sin_b = functional.embedding(low, self.low_cos), functional.embedding(low, self.low_sin)
+        return slots, cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+
+class Llama4(nn.Module):
+    """The whole model in eager PyTorch, from weights by checkpoint name; the same code that is traced."""
+
+    def __init__(self, config: Llama4Config, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.weights, self.dtype = config, dict(weights), dtype
+        self.rotary = RotaryTable(config)
+
+    def empty_cache(self, batch: int, context: int) -> list[tuple[Tensor, Tensor]]:
+        """Zeroed key and value caches ``[B, G, L, D]`` of every layer."""
+        c = self.config
+        shapes = [
+            (batch, c.num_key_value_heads, c.cache_rows(i, context), c.head_dim) for i in range(c.num_hidden_layers)
+        ]
+        return [(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)) for shape in shapes]
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cache: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """One call: ``input_ids, position_ids i64 [B, S]`` -> logits ``f32 [B, S, V]`` and the new cache.
+
+        The positions of a sequence are consecutive, and lie in one chunk.
+        """
+        w, c = self.weights, self.config
+        rope_places = self.rotary(position_ids)
+        hidden = embed(input_ids, w["model.embed_tokens.weight"], self.dtype)
+        presents: list[tuple[Tensor, Tensor]] = []
+        for i, past in enumerate(cache):
+            kind = kind_of(c, i)
+            own = {name: w[f"model.layers.{i}.{name}"] for name in layer_weights(c, kind)}
+            places = rope_places if kind.rope else (position_ids,)
+            hidden, present_key, present_value, *_ = decoder_layer(c, kind, own, hidden, places, past)
+            presents.append((present_key, present_value))
+        every = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        lm_head = w["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
+        return head(c, hidden, every, w["model.norm.weight"], lm_head), presents

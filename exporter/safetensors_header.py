@@ -1,0 +1,131 @@
+"""Reads the header of a ``.safetensors`` file without its data, and believes nothing that it says.
+
+Format: 8 bytes little-endian header length, JSON ``{name: {dtype, shape, data_offsets}}``, then the data, without
+holes (the README of huggingface/safetensors is the specification). We need the absolute offsets, which the
+safetensors library does not give out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shuntyard.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+ITEM_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: ``nbytes`` bytes from ``offset`` on in ``file`` (counted from the file's start)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors in the order of their data, and the hash of the header's bytes."""
+
+    file: Path
+    file_bytes: int
+    sha256: str
+    tensors: tuple[TensorEntry, ...]
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1 and key not in ("dtype", "shape", "data_offsets"):
+            raise ValueError(f"'{key}' stands there twice")
+    return dict(pairs)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) -> TensorEntry:
+    where = f"{path}: tensor '{name}'"
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: its header entry must have dtype, shape and data_offsets")
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if dtype not in ITEM_BITS:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
+        raise CheckpointError(f"{where}: shape {shape!r} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+        raise CheckpointError(f"{where}: data_offsets {offsets!r} is not a pair of byte offsets")
+    begin, end = offsets
+    if not begin <= end <= data_bytes:
+        raise CheckpointError(
+            f"{where}: data_offsets {begin}..{end} lie outside the file's {data_bytes} bytes of data",
+            hint="the file is truncated, or its header is wrong; download it again",
+        )
+    bits = math.prod(shape) * ITEM_BITS[dtype]
+    if bits != 8 * (end - begin):
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, but data_offsets give it {end - begin}",
+            hint="the header is wrong; download the file again",
+        )
+    return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks one file's header.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or its header contradicts itself or the file's size.
+    """
+    download = "the file is truncated or no safetensors file; download it again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: {size} bytes cannot hold the header that it announces", hint=download)
+            text = stream.read(length)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file", hint="download the missing shard") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is not valid JSON: {error}", hint=download) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object", hint=download)
+    raw.pop("__metadata__", None)
+    data_start, data_bytes = 8 + length, size - 8 - length
+    tensors = [_entry(path, name, entry, data_start, data_bytes) for name, entry in raw.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    reached = data_start
+    for tensor in tensors:
+        if tensor.offset != reached:
+            what = "overlaps the tensor before it" if tensor.offset < reached else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path}: tensor '{tensor.name}' {what} (starts at byte {tensor.offset}, expected {reached})",
+                hint="the header is wrong; download the file again",
+            )
+        reached += tensor.nbytes
+    if reached != size:
+        raise CheckpointError(
+            f"{path}: {size - reached} bytes at its end belong to no tensor", hint="the header is wrong or incomplete"
+        )
+    return Header(path, size, hashlib.sha256(text).hexdigest(), tuple(tensors))

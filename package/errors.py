@@ -1,0 +1,43 @@
+"""The errors that shuntyard raises on purpose. The tree::
+
+    ShuntyardError            one clear line and, mostly, a hint
+    |-- UnsupportedError      understood well enough to know that it is not supported
+    |-- CheckpointError       a checkpoint that is broken, incomplete or contradicts itself
+    |-- OutputError           the place to write to exists, is full, or cannot take what is asked
+    |-- EngineError           an engine or model directory that cannot be opened, built or run
+    `-- MismatchError         a comparison that was made and failed
+"""
+
+from __future__ import annotations
+
+
+class ShuntyardError(Exception):
+    """An error that a user can act on: ``message`` says what is wrong, and where; ``hint`` what to do."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class UnsupportedError(ShuntyardError):
+    """A model, tensor, config key, type or request that shuntyard does not support."""
+
+
+class CheckpointError(ShuntyardError):
+    """A checkpoint that is broken, incomplete or contradicts itself."""
+
+
+class OutputError(ShuntyardError):
+    """The output cannot be written where it is asked for."""
+
+
+class EngineError(ShuntyardError):
+    """A model or engine directory that cannot be opened, built or run."""
+
+
+class MismatchError(ShuntyardError):
+    """A comparison that was made and failed."""
