@@ -21,7 +21,7 @@ SINGLE_NAME = "model.safetensors"
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+SIDE_FILES = ("config.json", "generation_config.json", INDEX_NAME, *TOKENIZER_FILES)
 """Small files that travel along, where they exist."""
 
 

@@ -1,0 +1,215 @@
+"""Opens an engine directory and drives it: splits calls at chunk edges, keeps ragged batches apart, samples greedily.
+
+What a call may look like is the graph's contract (``exporter/graph.py``): the positions of a sequence are
+consecutive and lie in one chunk. The driver keeps it in three moves:
+
+1. Sequences are sorted by length, longest first, so those still at work are always a prefix of the batch,
+   and their cache rows one piece of memory.
+2. A prefill goes in pieces that end at chunk edges (and at ``max_tokens``). Sequences start at position 0
+   together, so an edge is an edge for all of them.
+3. What a shorter sequence's padding writes lies behind its end, where nothing looks before it is overwritten.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shuntyard.engines.manifest import EngineManifest, load_manifest, verify_files
+from shuntyard.errors import EngineError
+
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Runner(abc.ABC):
+    """One backend's session with its KV cache on the device."""
+
+    @abc.abstractmethod
+    def start(self, batch: int, context: int) -> None:
+        """Begins anew with zeroed caches for so many sequences of at most so many tokens."""
+
+    @abc.abstractmethod
+    def step(self, input_ids: Tokens, position_ids: Tokens, logits_indices: Tokens) -> Floats:
+        """One call on the first ``B`` sequences: ``[B, S], [B, S], [B, R]`` -> logits ``[B, R, V]``."""
+
+
+class Engine:
+    """An opened engine. Not safe for use from several threads: it has one KV cache."""
+
+    def __init__(self, path: Path, manifest: EngineManifest, runner: Runner) -> None:
+        self.path, self.manifest, self._runner = path, manifest, runner
+
+    def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> Floats:
+        """Logits of every token, from an empty cache.
+
+        Args:
+            tokens: int64 ``[B, S]``.
+            lengths: real length of each sequence, for a ragged batch padded on the right; default all S.
+
+        Returns:
+            float32 ``[B, S, V]``; NaN behind a sequence's end. Each sequence's are what it gets when run alone.
+
+        Raises:
+            EngineError: the tokens are not integers of the vocabulary, or too many for the engine.
+        """
+        batch = _Batch(self, tokens, lengths)
+        out = np.full((*batch.tokens.shape, self.manifest.vocab_size), np.nan, np.float32)
+        for begin, end, ids, positions in batch.pieces(extra=0):
+            active, count = ids.shape
+            every = np.broadcast_to(np.arange(count), (active, count))
+            piece = self._runner.step(ids, positions, np.ascontiguousarray(every))
+            for row in range(active):
+                own_end = min(end, batch.sorted_lengths[row])
+                out[batch.order[row], begin:own_end] = piece[row, : own_end - begin]
+        return out
+
+    def generate(
+        self,
+        tokens: Any,
+        max_new_tokens: int,
+        lengths: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Tokens:
+        """Greedy continuation.
+
+        Args:
+            tokens: int64 ``[B, S]``.
+            max_new_tokens: how many to add at most.
+            lengths: as for :meth:`logits`.
+            stop: token ids that end a sequence; default the checkpoint's end-of-sequence ids.
+
+        Returns:
+            int64 ``[B, N]`` with ``N <= max_new_tokens`` the new tokens only; -1 behind a sequence's stop token.
+
+        Raises:
+            EngineError: as for :meth:`logits`, or the context would be exceeded.
+        """
+        steps = list(self.stream(tokens, max_new_tokens, lengths, stop))
+        if not steps:
+            return np.empty((len(np.atleast_2d(tokens)), 0), np.int64)
+        return np.stack(steps, axis=1)
+
+    def stream(
+        self,
+        tokens: Any,
+        max_new_tokens: int,
+        lengths: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Iterator[Tokens]:
+        """As :meth:`generate`, one int64 ``[B]`` a step as it comes."""
+        if max_new_tokens < 0:
+            raise EngineError(f"max_new_tokens is {max_new_tokens}, must not be negative")
+        batch = _Batch(self, tokens, lengths)
+        stops = self.manifest.eos_token_ids if stop is None else list(stop)
+        if max_new_tokens == 0:
+            return
+        rows = len(batch.order)
+        newest = np.zeros(rows, np.int64)  # in sorted order, as all below
+        for begin, end, ids, positions in batch.pieces(extra=max_new_tokens - 1):
+            last = np.asarray(batch.sorted_lengths[: len(ids)]) - 1
+            here = (begin <= last) & (last < end)
+            picked = self._runner.step(ids, positions, np.where(here, last - begin, 0)[:, None])
+            newest[: len(ids)][here] = picked[here, 0].argmax(axis=1)
+        positions = np.asarray(batch.sorted_lengths, np.int64)
+        ended = np.zeros(rows, bool)
+        for count in range(max_new_tokens):
+            yield batch.unsorted(np.where(ended, -1, newest))
+            ended |= np.isin(newest, stops)
+            if ended.all() or count == max_new_tokens - 1:
+                return
+            # An ended sequence rides along, at the place where it ended: nothing of it is looked at any more.
+            picked = self._runner.step(newest[:, None], positions[:, None], np.zeros((rows, 1), np.int64))
+            newest = np.where(ended, newest, picked[:, 0].argmax(axis=1))
+            positions = np.where(ended, positions, positions + 1)
+
+
+class _Batch:
+    """Checked tokens, sorted by length, and the calls that prefill them."""
+
+    def __init__(self, engine: Engine, tokens: Any, lengths: Sequence[int] | None) -> None:
+        limits, vocab = engine.manifest.limits, engine.manifest.vocab_size
+        array = np.asarray(tokens)
+        if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
+            raise EngineError(
+                f"tokens must be integers [batch, sequence], not empty; got {array.dtype} {list(array.shape)}"
+            )
+        batch, length = array.shape
+        if batch > limits.max_batch:
+            raise EngineError(
+                f"a batch of {batch} is larger than the engine's {limits.max_batch}", hint="build with --max-batch"
+            )
+        own = [length] * batch if lengths is None else [int(n) for n in lengths]
+        if len(own) != batch or not all(1 <= n <= length for n in own):
+            raise EngineError(f"lengths {own} must be {batch} numbers in 1..{length}")
+        for row, n in enumerate(own):
+            bad = (array[row, :n] < 0) | (array[row, :n] >= vocab)
+            if bad.any():
+                place = int(bad.argmax())
+                raise EngineError(
+                    f"token {int(array[row, place])} at [{row}, {place}] is not in the vocabulary of {vocab}",
+                    hint="is the text from another tokenizer?",
+                )
+        self._engine = engine
+        self.order = np.argsort(-np.asarray(own), kind="stable")
+        self.sorted_lengths = [own[i] for i in self.order]
+        padding = np.arange(length)[None, :] >= np.asarray(own)[:, None]
+        self.tokens = np.where(padding, 0, array).astype(np.int64)[self.order]
+
+    def unsorted(self, values: Tokens) -> Tokens:
+        """Values ``[B]`` in the caller's order."""
+        out = np.empty_like(values)
+        out[self.order] = values
+        return out
+
+    def pieces(self, extra: int) -> Iterator[tuple[int, int, Tokens, Tokens]]:
+        """Starts the runner, then gives ``begin, end, ids [A, S], positions [A, S]`` of each call, A still active.
+
+        ``extra`` tokens of context are kept for decoding.
+        """
+        limits, longest = self._engine.manifest.limits, self.sorted_lengths[0]
+        if longest + extra > limits.max_context:
+            raise EngineError(
+                f"{longest} tokens and {extra} to come exceed the engine's context of {limits.max_context}",
+                hint="build with a larger --max-context",
+            )
+        self._engine._runner.start(len(self.order), longest + extra)
+        begin = 0
+        while begin < longest:
+            edge = longest if limits.chunk is None else (begin // limits.chunk + 1) * limits.chunk
+            end = min(edge, longest, begin + limits.max_tokens)
+            active = sum(n > begin for n in self.sorted_lengths)
+            positions = np.broadcast_to(np.arange(begin, end), (active, end - begin))
+            yield begin, end, self.tokens[:active, begin:end], np.ascontiguousarray(positions)
+            begin = end
+
+
+def open_engine(directory: str | Path, *, verify: bool = False) -> Engine:
+    """Opens an engine directory.
+
+    Args:
+        directory: what ``shuntyard build`` wrote.
+        verify: read every file and hold it to its recorded hash, not only its size.
+
+    Raises:
+        CheckpointError: there is no manifest.
+        EngineError: the directory is damaged, or this machine cannot run the engine.
+    """
+    path = Path(directory)
+    manifest = load_manifest(path)
+    verify_files(path, manifest, contents=verify)
+    runner: Runner
+    if manifest.backend == "onnxruntime":
+        from shuntyard.engines.onnxruntime_runner import OnnxRuntimeRunner
+
+        runner = OnnxRuntimeRunner(path / manifest.engine_file, manifest)
+    else:
+        from shuntyard.engines.tensorrt_runner import TensorRTRunner
+
+        runner = TensorRTRunner(path, manifest)
+    return Engine(path, manifest, runner)

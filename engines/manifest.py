@@ -1,0 +1,126 @@
+"""``shuntyard.json`` of an engine directory: what it is, from what it was made, and what it promises."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shuntyard.errors import EngineError
+from shuntyard.exporter.export import MANIFEST_NAME, read_manifest
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+LAYERS_NAME = "layers.json"
+LOG_NAME = "build.log"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Strict):
+    """A file of the directory, by content."""
+
+    bytes: int
+    sha256: str
+
+
+class Limits(_Strict):
+    """The largest shapes that an engine takes."""
+
+    max_batch: int
+    max_context: int
+    max_tokens: int  # of a sequence in one call; longer inputs are cut into pieces
+    chunk: int | None  # attention chunk: a call never crosses its edge
+
+
+class CacheShape(_Strict):
+    """One layer's key (or value) cache is ``[B, heads, rows, head_dim]``."""
+
+    layer: int
+    heads: int
+    rows: int
+    head_dim: int
+
+
+class EngineManifest(_Strict):
+    """The whole record."""
+
+    kind: Literal["engine"] = "engine"
+    shuntyard: str
+    backend: Backend
+    backend_version: str
+    target: str  # "cpu", or the GPU's compute capability as "sm89"
+    dtype: Literal["fp32", "fp16", "bf16"]
+    engine_file: str
+    plugin_library: str | None
+    plugins: dict[str, int]  # plugin name -> how many layers of the engine are that plugin
+    vocab_size: int
+    eos_token_ids: list[int]
+    limits: Limits
+    cache: list[CacheShape]
+    precision: dict[str, str]  # module -> compute type
+    checkpoint_fingerprint: str
+    graph_sha256: str  # of the model directory's model.onnx
+    files: dict[str, FileRecord]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def record_files(directory: Path) -> dict[str, FileRecord]:
+    """Records every file of a directory but the manifest itself and what is hidden."""
+    files = sorted(p for p in directory.iterdir() if p.name != MANIFEST_NAME and not p.name.startswith("."))
+    return {p.name: FileRecord(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in files}
+
+
+def load_manifest(directory: Path) -> EngineManifest:
+    """Reads and checks the manifest of an engine directory.
+
+    Raises:
+        CheckpointError: there is none.
+        EngineError: it is not an engine's, or of another version.
+    """
+    raw = read_manifest(directory)
+    if raw.get("kind") == "model":
+        raise EngineError(
+            f"{directory}: is a model directory, not an engine", hint=f"shuntyard build {directory} ENGINE makes one"
+        )
+    try:
+        return EngineManifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EngineError(
+            f"{directory / MANIFEST_NAME}: {where}: {first['msg']}",
+            hint="the engine was built by another version of shuntyard; build it again",
+        ) from error
+
+
+def verify_files(directory: Path, manifest: EngineManifest, *, contents: bool) -> None:
+    """Holds the directory's files to the manifest: always their sizes, with ``contents`` their hashes too.
+
+    Raises:
+        EngineError: a file is missing or another than the one that was built.
+    """
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise EngineError(f"{path}: is missing from the engine", hint="build the engine again")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise EngineError(
+                f"{path}: has {size} bytes, the engine was built with {record.bytes}", hint="build the engine again"
+            )
+        if contents and sha256_of(path) != record.sha256:
+            raise EngineError(
+                f"{path}: has changed since the engine was built",
+                hint="weights are hard links: somebody wrote into the checkpoint's file; export and build again",
+            )

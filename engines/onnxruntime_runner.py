@@ -1,0 +1,73 @@
+"""Runs an engine in ONNX Runtime on the CPU, the KV cache bound in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from shuntyard.engines.engine import Floats, Runner, Tokens
+from shuntyard.engines.manifest import EngineManifest
+from shuntyard.errors import EngineError
+
+_NUMPY = {"fp32": np.float32, "fp16": np.float16}
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session on the CPU.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base below Exception
+        raise EngineError(f"{path}: ONNX Runtime cannot open it: {error}", hint="build the engine again") from error
+
+
+class OnnxRuntimeRunner(Runner):
+    """Each cache is one buffer, bound as past and present: TensorScatter then writes in place."""
+
+    def __init__(self, engine_file: Path, manifest: EngineManifest) -> None:
+        self._manifest = manifest
+        self._session = open_session(engine_file)
+        self._type = _NUMPY[manifest.dtype]
+        self._caches: dict[str, Any] = {}
+
+    def start(self, batch: int, context: int) -> None:
+        """See :class:`Runner`. The caches are as large as this batch needs, not as large as the engine allows."""
+        self._caches = {}
+        for shape in self._manifest.cache:
+            rows = min(shape.rows, context)
+            for part in ("key", "value"):
+                cache = np.zeros((batch, shape.heads, rows, shape.head_dim), self._type)
+                self._caches[f"{shape.layer}.{part}"] = cache
+
+    def step(self, input_ids: Tokens, position_ids: Tokens, logits_indices: Tokens) -> Floats:
+        """See :class:`Runner`."""
+        binding = self._session.io_binding()
+        for name, array in (
+            ("input_ids", input_ids),
+            ("position_ids", position_ids),
+            ("logits_indices", logits_indices),
+        ):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
+        active = len(input_ids)
+        for name, cache in self._caches.items():
+            prefix = cache[:active]  # contiguous: the batch is the first axis
+            for bind, tensor in (
+                (binding.bind_input, f"past_key_values.{name}"),
+                (binding.bind_output, f"present.{name}"),
+            ):
+                bind(tensor, "cpu", 0, self._type, prefix.shape, prefix.ctypes.data)
+        binding.bind_output("logits", "cpu")
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed: {error}") from error
+        logits: Floats = binding.get_outputs()[-1].numpy()
+        return logits

@@ -1,0 +1,104 @@
+"""Runs a TensorRT (or TensorRT-RTX) engine on a GPU; torch holds the device memory."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shuntyard.engines.engine import Floats, Runner, Tokens
+from shuntyard.engines.manifest import EngineManifest
+from shuntyard.errors import EngineError
+
+_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Backend -> Python module; both speak the same API."""
+
+
+def import_tensorrt(backend: str) -> Any:
+    """The backend's Python module.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        return importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        raise EngineError(
+            f"backend {backend}: the Python package '{MODULES[backend]}' cannot be imported: {error}",
+            hint=f"pip install 'shuntyard[{backend}]'",
+        ) from error
+
+
+class TensorRTRunner(Runner):
+    """The KV cache is updated in place: past and present of a layer are the same device memory."""
+
+    def __init__(self, directory: Path, manifest: EngineManifest) -> None:
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"{directory}: a {manifest.backend} engine for {manifest.target} needs a GPU, and torch sees none",
+                hint="copy the engine directory to the GPU machine; --backend onnxruntime builds one for the CPU",
+            )
+        major, minor = torch.cuda.get_device_capability()
+        if f"sm{major}{minor}" != manifest.target:
+            raise EngineError(
+                f"{directory}: was built for {manifest.target}, this GPU is sm{major}{minor}",
+                hint=f"build with --gpu sm{major}{minor}",
+            )
+        trt = import_tensorrt(manifest.backend)
+        self._trt, self._manifest = trt, manifest
+        self._logger = trt.Logger(trt.Logger.WARNING)
+        runtime = trt.Runtime(self._logger)
+        if manifest.plugin_library is not None:
+            registry = runtime.get_plugin_registry()
+            if registry.load_library(str(directory / manifest.plugin_library)) is None:
+                raise EngineError(f"{directory / manifest.plugin_library}: the plugin library cannot be loaded")
+        self._runtime = runtime
+        self._engine = runtime.deserialize_cuda_engine((directory / manifest.engine_file).read_bytes())
+        if self._engine is None:
+            raise EngineError(
+                f"{directory / manifest.engine_file}: {manifest.backend} {trt.__version__} cannot load it",
+                hint=f"it was built with {manifest.backend_version}; build it again",
+            )
+        self._context = self._engine.create_execution_context()
+        self._stream = torch.cuda.Stream()
+        self._caches: dict[str, torch.Tensor] = {}
+
+    def start(self, batch: int, context: int) -> None:
+        """See :class:`Runner`. Cache rows are static in the engine: ``context`` does not shrink them."""
+        dtype = _TORCH[self._manifest.dtype]
+        with torch.cuda.stream(self._stream):
+            self._caches = {
+                f"{shape.layer}.{part}": torch.zeros(
+                    (batch, shape.heads, shape.rows, shape.head_dim), dtype=dtype, device="cuda"
+                )
+                for shape in self._manifest.cache
+                for part in ("key", "value")
+            }
+
+    def step(self, input_ids: Tokens, position_ids: Tokens, logits_indices: Tokens) -> Floats:
+        """See :class:`Runner`."""
+        active, outputs = logits_indices.shape
+        with torch.cuda.stream(self._stream):
+            tensors = {
+                "input_ids": torch.from_numpy(input_ids).contiguous().cuda(),
+                "position_ids": torch.from_numpy(position_ids).contiguous().cuda(),
+                "logits_indices": torch.from_numpy(logits_indices).contiguous().cuda(),
+            }
+            logits = torch.empty((active, outputs, self._manifest.vocab_size), dtype=torch.float32, device="cuda")
+            for name, cache in self._caches.items():
+                tensors[f"past_key_values.{name}"] = cache[:active]
+            for name, tensor in tensors.items():
+                if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                    raise EngineError(f"the engine does not take {name} of shape {list(tensor.shape)}")
+                self._context.set_tensor_address(name, tensor.data_ptr())
+            for name, cache in self._caches.items():
+                self._context.set_tensor_address(f"present.{name}", cache.data_ptr())
+            self._context.set_tensor_address("logits", logits.data_ptr())
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise EngineError("the engine failed to run; see the log above")
+            result: Floats = logits.cpu().numpy()  # waits for the stream
+        return result
