@@ -6,7 +6,8 @@ Headers are read, data is not.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config, load_config
 from shuntyard.exporter.model import all_weights
 from shuntyard.exporter.safetensors_header import Header, TensorEntry, read_header
+from shuntyard.exporter.strict_json import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
@@ -50,22 +54,27 @@ class Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no safetensors index with a weight_map: {error!r}") from error
+        index = parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map is empty or no object")
+        raise CheckpointError(f"{path}: has no weight_map, or an empty one", hint="download it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path}: tensor '{name}' is said to lie in {file!r}, which is no plain file name")
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is said to lie in {file!r:.80}, which is no plain .safetensors file name",
+                hint="shards lie beside their index; download it again",
+            )
     return weight_map
 
 
 def _read_headers(path: Path) -> list[Header]:
     """Headers of all shards, checked against the index in both directions."""
     index_path, single = path / INDEX_NAME, path / SINGLE_NAME
-    if not index_path.exists():
+    if not os.path.lexists(index_path):
         if single.exists():
             return [read_header(single)]
         others = sorted(p.name for p in path.glob("*.safetensors"))
@@ -78,6 +87,11 @@ def _read_headers(path: Path) -> list[Header]:
             f"{path}: holds no .safetensors file", hint="give the directory of a Hugging Face checkpoint in safetensors"
         )
     weight_map = _read_index(index_path)
+    if os.path.lexists(single) and set(weight_map.values()) != {SINGLE_NAME}:
+        raise CheckpointError(
+            f"{path}: has both {SINGLE_NAME} and {INDEX_NAME}, which lists other shards",
+            hint="other readers would take the single file; remove the one that is stale",
+        )
     headers = [read_header(path / name) for name in sorted(set(weight_map.values()))]
     for header in headers:
         for tensor in header.tensors:
@@ -105,7 +119,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UnsupportedError: the configuration is not one that shuntyard understands.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory", hint="give the directory of a Hugging Face checkpoint")
+        what = "is no directory" if os.path.lexists(path) else "no such directory"
+        raise CheckpointError(f"{path}: {what}", hint="give the directory of a Hugging Face checkpoint")
     config = load_config(path / "config.json")
     headers = _read_headers(path)
     tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
@@ -140,9 +155,11 @@ def match_weights(checkpoint: Checkpoint) -> tuple[dict[str, TensorEntry], list[
         )
     if unknown:
         more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        hint = "leaving it out could change what the model computes; export refuses to guess"
+        if unknown[0] == "lm_head.weight":
+            hint = "config.json has tie_word_embeddings, which leaves no place for it; which of the two is right?"
         raise UnsupportedError(
-            f"{checkpoint.tensors[unknown[0]].file}: tensor '{unknown[0]}' is not understood{more}",
-            hint="leaving it out could change what the model computes; export refuses to guess",
+            f"{checkpoint.tensors[unknown[0]].file}: tensor '{unknown[0]}' is not understood{more}", hint=hint
         )
     for name, shape in wanted.items():
         entry = checkpoint.tensors[name]

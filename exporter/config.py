@@ -6,7 +6,6 @@ Sources of the semantics: transformers ``models/llama4/configuration_llama4.py``
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,10 +15,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.exporter.strict_json import parse_json
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Index = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NotBelowOne = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 Flag = Annotated[bool, BeforeValidator(lambda v: bool(v) if isinstance(v, int) else v), Field(strict=True)]
+
+MAX_LAYERS = 4096
+"""Bounds the lists that are made before any tensor is asked for."""
 
 # Keys that say nothing about what the graph computes: they steer training, generation or the tooling.
 NOT_IN_THE_GRAPH = frozenset(
@@ -30,12 +35,19 @@ NOT_IN_THE_GRAPH = frozenset(
         "attention_dropout",
         "bos_token_id",
         "cache_implementation",
+        "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
         "for_llm_compressor",
+        "id2label",
         "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
+        "problem_type",
         "return_dict",
         "router_aux_loss_coef",
         "router_jitter_noise",
@@ -52,8 +64,8 @@ class Rope(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rope_type: Literal["default", "llama3"] = "default"
-    rope_theta: Number = 500000.0
-    factor: Number | None = None
+    rope_theta: NotBelowOne = 500000.0
+    factor: NotBelowOne | None = None
     low_freq_factor: Number | None = None
     high_freq_factor: Number | None = None
     original_max_position_embeddings: Positive | None = None
@@ -113,14 +125,14 @@ class Llama4Config(BaseModel):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     use_qk_norm: Flag = True
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: Flag = False
     attention_chunk_size: Positive | None
     attn_temperature_tuning: Flag = True
     floor_scale: Number = 8192
-    attn_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    attn_scale: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] = 0.1
     rope: Rope
     no_rope_layers: tuple[Literal[0, 1], ...]
-    moe_layers: tuple[int, ...]
+    moe_layers: tuple[Index, ...]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Llama4Config:
@@ -154,6 +166,8 @@ class Llama4Config(BaseModel):
         return min(chunk, context) if chunk is not None and self.uses_rope(layer) else context
 
 
+HINT_CONFIG = "config.json is damaged or was edited; download it again"
+
 _TAKEN_APART = frozenset(
     {
         "interleave_moe_layer_step",
@@ -171,36 +185,54 @@ _TAKEN_APART = frozenset(
 
 def _rope_section(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """The rope keys of either spelling: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``."""
-    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{path}: rope_parameters / rope_scaling must be an object")
-    if raw.get("rope_parameters") and raw.get("rope_scaling"):
+    given = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
+    if not all(isinstance(section, dict) for section in given):
+        raise CheckpointError(f"{path}: rope_parameters / rope_scaling must be an object", hint=HINT_CONFIG)
+    if len(given) > 1:
         raise CheckpointError(
             f"{path}: has both rope_parameters and rope_scaling", hint="keep the one that the weights were trained with"
         )
-    section = dict(section)
+    section = dict(given[0]) if given else {}
     old_name = section.pop("type", None)
-    section.setdefault("rope_type", old_name or "default")
-    if "rope_theta" in raw:
-        if section.setdefault("rope_theta", raw["rope_theta"]) != raw["rope_theta"]:
-            raise CheckpointError(f"{path}: rope_theta and rope_parameters.rope_theta differ")
+    if section.setdefault("rope_type", old_name or "default") != (old_name or section["rope_type"]):
+        raise CheckpointError(
+            f"{path}: rope_scaling has type {_brief(old_name)} and rope_type {_brief(section['rope_type'])}",
+            hint="keep the one that the weights were trained with",
+        )
+    theta = raw.get("rope_theta")
+    if theta is not None and section.setdefault("rope_theta", theta) != theta:
+        raise CheckpointError(
+            f"{path}: rope_theta and rope_parameters.rope_theta differ",
+            hint="keep the one that the weights were trained with",
+        )
     if section["rope_type"] not in ("default", "llama3"):
         raise UnsupportedError(
-            f"{path}: rope type '{section['rope_type']}' is not supported",
+            f"{path}: rope type {_brief(section['rope_type'])} is not supported",
             hint="Llama 4 uses 'default' or 'llama3'; check rope_parameters / rope_scaling",
         )
     return section
 
 
-def _layer_lists(raw: dict[str, Any], layers: int) -> tuple[list[Any], list[Any]]:
+def _layer_lists(raw: dict[str, Any], path: Path) -> tuple[Any, Any]:
     """``no_rope_layers`` and ``moe_layers``, derived from their intervals where they are not given."""
-    interval = raw.get("no_rope_layer_interval", 4)
-    no_rope = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
-    step = raw.get("interleave_moe_layer_step", 1)
-    moe = raw.get("moe_layers")
-    if moe is None:
-        moe = list(range(step - 1, layers, step))
-    return list(no_rope), list(moe)
+    layers = _count(raw, "num_hidden_layers", None, path, largest=MAX_LAYERS)
+    interval = _count(raw, "no_rope_layer_interval", 4, path)
+    step = _count(raw, "interleave_moe_layer_step", 1, path)
+    for key in ("no_rope_layers", "moe_layers"):
+        if not isinstance(raw.get(key), list | None):
+            raise CheckpointError(f"{path}: {key} is {_brief(raw[key])}, must be a list", hint=HINT_CONFIG)
+    no_rope, moe = raw.get("no_rope_layers"), raw.get("moe_layers")
+    # An empty no_rope_layers counts as not given, an empty moe_layers does not: as in transformers.
+    no_rope = no_rope or [int((i + 1) % interval != 0) for i in range(layers)]
+    return no_rope, list(range(step - 1, layers, step)) if moe is None else moe
+
+
+def _count(raw: dict[str, Any], key: str, default: int | None, path: Path, largest: int = 2**31 - 1) -> int:
+    """A positive integer that is needed before the model of the whole configuration checks all others."""
+    value = raw.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise CheckpointError(f"{path}: {key} is {_brief(value)}, must be an integer in 1..{largest}", hint=HINT_CONFIG)
+    return value
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> Llama4Config:
@@ -216,54 +248,68 @@ def parse_config(raw: dict[str, Any], path: Path) -> Llama4Config:
         if model_type == "llama4":
             known = "this is a Llama 4 with a vision tower; export its text model (model_type 'llama4_text')"
         raise UnsupportedError(
-            f"{path}: model_type {json.dumps(model_type)} is not supported", hint=f"shuntyard exports Llama 4; {known}"
+            f"{path}: model_type {_brief(model_type)} is not supported", hint=f"shuntyard exports Llama 4; {known}"
         )
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise UnsupportedError(
-            f"{path}: quantization_config (quant_method {json.dumps(method)}) is not supported",
+            f"{path}: quantization_config (quant_method {_brief(method)}) is not supported",
             hint="give the bf16 or fp16 checkpoint",
         )
     known_keys = set(Llama4Config.model_fields) - {"rope"} | _TAKEN_APART | NOT_IN_THE_GRAPH
     unknown = sorted(set(raw) - known_keys - {"quantization_config"})
     if unknown:
         raise UnsupportedError(
-            f"{path}: config key '{unknown[0]}' is not understood" + (f" (nor {unknown[1:]})" if unknown[1:] else ""),
+            f"{path}: config key '{unknown[0]:.80}' is not understood"
+            + (f" (nor {_brief(unknown[1:])})" if unknown[1:] else ""),
             hint="it could change what the model computes; remove it only if you know that it does not",
         )
     fields = {key: value for key, value in raw.items() if key in Llama4Config.model_fields}
-    layers = raw.get("num_hidden_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
-        raise CheckpointError(f"{path}: num_hidden_layers is {layers!r}, must be a positive integer")
-    for key in ("no_rope_layer_interval", "interleave_moe_layer_step"):
-        if not isinstance(raw.get(key, 1), int) or raw.get(key, 1) < 1:
-            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, must be a positive integer")
-    fields["no_rope_layers"], fields["moe_layers"] = _layer_lists(raw, layers)
+    fields["no_rope_layers"], fields["moe_layers"] = _layer_lists(raw, path)
     fields["rope"] = _rope_section(raw, path)
     try:
         config = Llama4Config.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "configuration"
-        kind = UnsupportedError if first["type"] in ("literal_error", "extra_forbidden") else CheckpointError
-        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        raise kind(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+        raise _explain(error, path) from error
     _check_layer_types(raw.get("layer_types"), config, path)
     return config
+
+
+def _brief(value: Any) -> str:
+    """A value in one short line, whatever it is."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "an integer of more than 20 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _explain(error: ValidationError, path: Path) -> CheckpointError | UnsupportedError:
+    """The first thing that pydantic found, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    given = "" if first["type"] in ("missing", "value_error") else f", got {_brief(first['input'])}"
+    message = f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{given}"
+    if first["type"] in ("literal_error", "extra_forbidden"):
+        return UnsupportedError(message, hint="shuntyard computes no other; changing config.json changes the model")
+    return CheckpointError(message, hint=HINT_CONFIG)
 
 
 def _check_layer_types(layer_types: Any, config: Llama4Config, path: Path) -> None:
     """``layer_types`` repeats what ``no_rope_layers`` and ``attention_chunk_size`` say: refuse a contradiction."""
     if layer_types is None:
         return
+    if not isinstance(layer_types, list) or len(layer_types) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{path}: layer_types must be a list of {config.num_hidden_layers} entries, got {_brief(layer_types)}",
+            hint=HINT_CONFIG,
+        )
     for i in range(config.num_hidden_layers):
         chunked = config.uses_rope(i) and config.attention_chunk_size is not None
         expected = "chunked_attention" if chunked else "full_attention"
-        given = layer_types[i] if i < len(layer_types) else None
-        if given != expected:
+        if layer_types[i] != expected:
             raise UnsupportedError(
-                f"{path}: layer_types[{i}] is {json.dumps(given)}, but no_rope_layers and attention_chunk_size "
+                f"{path}: layer_types[{i}] is {_brief(layer_types[i])}, but no_rope_layers and attention_chunk_size "
                 f"make layer {i} '{expected}'",
                 hint="a RoPE layer attends within its chunk, a NoPE layer to everything; other mixes are not supported",
             )
@@ -272,11 +318,13 @@ def _check_layer_types(layer_types: Any, config: Llama4Config, path: Path) -> No
 def load_config(path: Path) -> Llama4Config:
     """Reads and checks a ``config.json``; see :func:`parse_config` for what it raises."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="a checkpoint directory has a config.json") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must hold a JSON object", hint="download it again")
     return parse_config(raw, path)

@@ -7,7 +7,6 @@ A model directory holds ``model.onnx``, the checkpoint's shards as hard links, c
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import shuntyard
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, match_weights, open_checkpoint
 from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
-from shuntyard.exporter.output import link_or_copy, output_directory
+from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
+from shuntyard.exporter.strict_json import parse_json
 from shuntyard.exporter.values import check_finite
 
 MODEL_NAME = "model.onnx"
@@ -82,6 +82,7 @@ def export(
     """
     if dtype not in COMPUTE_TYPES:
         raise UnsupportedError(f"dtype '{dtype}' is not supported", hint=f"one of {', '.join(COMPUTE_TYPES)}")
+    refuse_existing(out)
     checkpoint = open_checkpoint(checkpoint_path)
     weights, waived = match_weights(checkpoint)
     report(f"{len(weights)} tensors match, {len(waived)} waived")
@@ -89,10 +90,10 @@ def export(
         check_finite(weights.values())
         report("all values are finite")
     with output_directory(out) as directory:
-        model = build_model(checkpoint.config, weights, dtype)
-        report(f"traced {len(model.functions)} functions")
         for header in checkpoint.headers:
             link_or_copy(header.file, directory, copy=copy, total_bytes=checkpoint.nbytes)
+        model = build_model(checkpoint.config, weights, dtype)
+        report(f"traced {len(model.functions)} functions")
         for name in SIDE_FILES:
             if (checkpoint.path / name).is_file():
                 shutil.copyfile(checkpoint.path / name, directory / name)
@@ -156,13 +157,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: has no {MANIFEST_NAME}", hint="give a directory that export or build wrote"
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {error}", hint="give a directory that export or build wrote"
+        ) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must hold a JSON object", hint="give a directory that export or build wrote")
     return raw

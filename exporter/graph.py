@@ -11,7 +11,8 @@ The graph's interface, for every call with B sequences of S new tokens::
 
 L is ``context`` for a NoPE layer and ``chunk`` for a chunked one. A sequence that is shorter than S (a ragged batch)
 is padded on the right with any token: what padding writes lies behind the sequence's end, where nothing looks until
-real tokens have overwritten it.
+real tokens have overwritten it. That holds within a chunk only: a sequence that has ended stays out of calls on later
+chunks, where its padding would overwrite its last chunk's cache rows from the start.
 
 Values in between have names too: ``model.layers.N`` is a layer's output ``[B, S, H]``, and
 ``model.layers.N.feed_forward.router`` its router's logits ``f32 [B*S, E]``.
@@ -93,8 +94,8 @@ def build_model(config: Llama4Config, weights: Mapping[str, TensorEntry], dtype:
         kind = kind_of(config, i)
         if kind not in kinds:
             kinds[kind] = trace.layer_function(config, kind)
-    embedding, rotary, head = (f(config) for f in (trace.embedding_function, trace.rotary_function, trace.head_function))
-    needs_rope = any(kind.rope for kind in kinds)
+    embedding, head = trace.embedding_function(config), trace.head_function(config)
+    rotary = trace.rotary_function(config) if any(kind.rope for kind in kinds) else None
     i64, f32, compute = ir.DataType.INT64, ir.DataType.FLOAT, COMPUTE_TYPES[dtype]
     g = _Assembly(config, compute, weights)
     input_ids = g.input("input_ids", i64, "batch", "sequence")
@@ -103,7 +104,7 @@ def build_model(config: Llama4Config, weights: Mapping[str, TensorEntry], dtype:
     hidden = g.value("model.embed_tokens", compute, "batch", "sequence", config.hidden_size)
     g.call(embedding, "model.embed_tokens", [input_ids, g.weights["model.embed_tokens.weight"]], [hidden])
     rope_places: list[ir.Value] = []
-    if needs_rope:
+    if rotary is not None:
         half = config.head_dim // 2
         slots = g.value("rotary.slots", i64, "batch", "sequence")
         angles = [g.value(f"rotary.{name}", f32, "batch", "sequence", half) for name in ("cos", "sin")]
@@ -115,7 +116,7 @@ def build_model(config: Llama4Config, weights: Mapping[str, TensorEntry], dtype:
     logits = g.value("logits", f32, "batch", "outputs", config.vocab_size)
     lm_head = g.weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     g.call(head, "lm_head", [hidden, logits_indices, g.weights["model.norm.weight"], lm_head], [logits])
-    functions = [embedding, *([rotary] if needs_rope else []), *kinds.values(), head]
+    functions = [embedding, *([rotary] if rotary is not None else []), *kinds.values(), head]
     if any(kind.moe for kind in kinds):
         functions += all_functions(config.num_local_experts)
     else:

@@ -23,8 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shuntyard.errors import UnsupportedError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.plugins import torch_ops  # noqa: F401  registers torch.ops.shuntyard
+
+MAX_ROTARY_ROWS = 2**24
+"""Slots of a RoPE layer lie below it; Scout's whole context, without chunks, is 10,485,760."""
 
 Weights = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -211,6 +215,12 @@ class RotaryTable(nn.Module):
         super().__init__()
         self.chunk = config.attention_chunk_size
         rows = self.chunk or config.max_position_embeddings
+        if rows >= MAX_ROTARY_ROWS:
+            key = "attention_chunk_size" if self.chunk else "max_position_embeddings"
+            raise UnsupportedError(
+                f"config key {key} is {rows}: rotary positions must stay below {MAX_ROTARY_ROWS}",
+                hint="the exported graph divides them in float32, which is exact up to there",
+            )
         # A power of two: the traced graph divides slots by it in float32, which is exact then (below 2**24).
         self.width = 1 << (max(rows - 1, 1).bit_length() + 1) // 2
         frequencies = config.rope.inverse_frequencies(config.head_dim)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -13,18 +15,56 @@ from pathlib import Path
 
 from shuntyard.errors import OutputError
 
-_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on a directory, which ends with the process however it dies.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file system has no such locks, or the directory cannot be opened.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_abandoned(target: Path) -> None:
     """Removes what a killed run left beside ``target``: a partial directory whose lock nobody holds."""
-    for partial in target.parent.glob(f".{target.name}.partial-*"):
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        # Busy: somebody is at work there. No locks here: nobody can tell, so it stays.
+        with contextlib.suppress(OSError), _locked(partial):
+            shutil.rmtree(partial)
+
+
+def _make_partial(target: Path, stack: contextlib.ExitStack) -> Path:
+    """A new directory beside ``target``, locked until ``stack`` closes and then removed where it still exists."""
+    while True:
+        partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+        partial.mkdir()
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         try:
-            with (partial / _LOCK).open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(partial)
+            stack.enter_context(_locked(partial))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another run took it for abandoned in the instant before the lock
         except OSError:
-            continue  # somebody is at work there, or it is not ours to remove
+            pass  # no locks on this file system: nobody will take it for abandoned either
+        if partial.exists():
+            return partial
+
+
+def refuse_existing(target: Path) -> None:
+    """Looks before the work begins.
+
+    Raises:
+        OutputError: something is at ``target``, be it a dangling link.
+    """
+    if os.path.lexists(target):
+        raise OutputError(f"{target}: exists already", hint="give another path, or remove it first")
 
 
 @contextlib.contextmanager
@@ -34,32 +74,34 @@ def output_directory(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``target`` exists, its parent cannot be written to, or the disk is full.
     """
-    if os.path.lexists(target):
-        raise OutputError(f"{target}: exists already", hint="give another path, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    refuse_existing(target)
     try:
-        partial.mkdir()
-        with (partial / _LOCK).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
+            for parent in reversed([p for p in target.parents if not p.exists()]):
+                parent.mkdir(exist_ok=True)
+                stack.callback(_remove_if_empty, parent)
+            _remove_abandoned(target)
+            partial = _make_partial(target, stack)
             yield partial
-            (partial / _LOCK).unlink()
             if os.path.lexists(target):
                 raise OutputError(f"{target}: appeared meanwhile", hint="give another path, or remove it first")
             partial.rename(target)
     except OSError as error:
         raise _explain(error, target) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _explain(error: OSError, target: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(target.parent).free
-        return OutputError(f"{target}: the disk is full ({free:,} bytes free)", hint="free some space, or give another")
-    where = error.filename or target
-    return OutputError(f"{where}: cannot be written: {error.strerror or error}")
+        return OutputError(f"{target}: the disk is full", hint="free some space, or write to another file system")
+    where = f" ({error.filename})" if error.filename else ""
+    return OutputError(
+        f"{target}: cannot be written: {error.strerror or error}{where}", hint="give a place that you can write to"
+    )
 
 
 def link_or_copy(source: Path, directory: Path, *, copy: bool, total_bytes: int) -> None:
@@ -72,11 +114,14 @@ def link_or_copy(source: Path, directory: Path, *, copy: bool, total_bytes: int)
     """
     real, place = source.resolve(strict=True), directory / source.name
     if not stat.S_ISREG(real.stat().st_mode):
-        raise OutputError(f"{source}: is no regular file")
+        raise OutputError(f"{source}: is no regular file", hint="the checkpoint changed while it was read")
     if copy:
-        needed, free = total_bytes, shutil.disk_usage(directory).free
-        if real.stat().st_size > free:
-            raise OutputError(f"{directory.parent}: {needed:,} bytes are needed, {free:,} are free")
+        copied, free = sum(p.stat().st_size for p in directory.glob("*.safetensors")), shutil.disk_usage(directory).free
+        if total_bytes - copied > free:
+            raise OutputError(
+                f"{directory.parent}: the copies need {total_bytes - copied:,} bytes, {free:,} are free",
+                hint="write to the file system of the checkpoint, where hard links cost nothing",
+            )
         shutil.copyfile(real, place)
         return
     try:

@@ -8,16 +8,19 @@ safetensors library does not give out.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shuntyard.errors import CheckpointError
+from shuntyard.exporter.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
+
+MAX_RANK = 16
+"""No tensor of any model comes near it; bounds the arithmetic on what a header says."""
 
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
@@ -48,16 +51,8 @@ class Header:
     tensors: tuple[TensorEntry, ...]
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1 and key not in ("dtype", "shape", "data_offsets"):
-            raise ValueError(f"'{key}' stands there twice")
-    return dict(pairs)
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) -> TensorEntry:
@@ -65,12 +60,12 @@ def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) ->
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its header entry must have dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if dtype not in ITEM_BITS:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise CheckpointError(f"{where}: shape {shape!r} is not a list of sizes")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(n) for n in shape):
+        raise CheckpointError(f"{where}: shape {shape!r:.80} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise CheckpointError(f"{where}: data_offsets {offsets!r} is not a pair of byte offsets")
+        raise CheckpointError(f"{where}: data_offsets {offsets!r:.80} is not a pair of byte offsets")
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise CheckpointError(
@@ -80,7 +75,7 @@ def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) ->
     bits = math.prod(shape) * ITEM_BITS[dtype]
     if bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {bits / 8:g} bytes, but data_offsets give it {end - begin}",
+            f"{where}: {dtype} {shape} takes {bits} bits, but data_offsets give it {8 * (end - begin)}",
             hint="the header is wrong; download the file again",
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
@@ -93,6 +88,8 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file is missing, truncated, or its header contradicts itself or the file's size.
     """
     download = "the file is truncated or no safetensors file; download it again"
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file", hint=download)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -106,12 +103,13 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+        raw = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path}: its header is not valid JSON: {error}", hint=download) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: its header is not a JSON object", hint=download)
-    raw.pop("__metadata__", None)
+    if not isinstance(raw.pop("__metadata__", {}), dict):
+        raise CheckpointError(f"{path}: __metadata__ in its header is not a JSON object", hint=download)
     data_start, data_bytes = 8 + length, size - 8 - length
     tensors = [_entry(path, name, entry, data_start, data_bytes) for name, entry in raw.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))

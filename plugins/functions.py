@@ -18,14 +18,11 @@ from shuntyard.plugins.contract import DOMAIN, Op
 
 OPSET = 24
 
-MASKED = -65504.0
-"""Added to masked scores: float16's lowest. Not -inf, which fused kernels can turn into NaN."""
-
 
 class _Body(Tape):
     """A tape with shorthands for constants."""
 
-    def const(self, value: Sequence[int] | int | float, dtype: type[np.generic] = np.int64) -> ir.Value:
+    def const(self, value: Sequence[int] | float, dtype: type[np.generic] = np.int64) -> ir.Value:
         """A Constant node holding a small array."""
         return self.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})
 
@@ -154,7 +151,7 @@ def moe_scatter_add() -> ir.Function:
 
 
 def cached_attention() -> ir.Function:
-    """TensorScatter into the cache, then Attention with an additive mask in the compute type."""
+    """TensorScatter into the cache, then Attention with a boolean mask."""
 
     def build(
         tape: _Body,
@@ -171,8 +168,8 @@ def cached_attention() -> ir.Function:
         present_value = op("TensorScatter", [past_value, value, first], {"axis": 2})
         cache_rows = tape.iota(tape.size(past_key, 2))
         visible = op("LessOrEqual", [cache_rows, op("Unsqueeze", [slots, tape.const([2])])])  # [B, S, L]
-        added = op("Where", [visible, tape.const(0.0, np.float32), tape.const(MASKED, np.float32)])
-        mask = op("CastLike", [op("Unsqueeze", [added, tape.const([1])]), query])
+        # Boolean, not additive: no finite number added to a score hides every score, and each runtime knows its own way.
+        mask = op("Unsqueeze", [visible, tape.const([1])])
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         out = op("Attention", [query, present_key, present_value, mask], {"scale": scale})
         return out, present_key, present_value

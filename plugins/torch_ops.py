@@ -5,6 +5,8 @@ Importing this module registers ``torch.ops.shuntyard.*``. Semantics and shapes:
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +18,8 @@ def moe_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     experts = logits.shape[1]
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k is {top_k}, must be in 1..{experts}")
+    if bool(logits.isnan().any()):
+        raise ValueError("a router logit is NaN")
     # A stable sort, not topk: topk leaves the order of equal logits open.
     values, chosen = torch.sort(logits, dim=1, descending=True, stable=True)
     expert_of_slot = chosen[:, :top_k].reshape(-1)  # [T*K]
@@ -45,7 +49,7 @@ def moe_experts(
     scaled = (x[tokens].float() * scores[:, None]).to(x.dtype)
     rows = x.new_empty(len(permutation), x.shape[1])
     offsets = expert_offsets.tolist()
-    for e, (first, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for e, (first, end) in enumerate(pairwise(offsets)):
         if first == end:
             continue
         gate, up = (scaled[first:end] @ gate_up[e].to(x.dtype)).chunk(2, dim=1)
