@@ -1,0 +1,85 @@
+// The TensorRT plugin of an op, and its creator.
+#pragma once
+
+#include <string>
+
+#include "abi/plugin.h"
+#include "adapter/op.h"
+
+namespace shuntyard {
+
+constexpr const char* kNamespace = "shuntyard";
+constexpr const char* kPluginVersion = "1";
+
+// Version of what a plugin stores in an engine. Raise it when the stored fields, or what they mean, change.
+constexpr int32_t kFormatVersion = 1;
+
+class Plugin final : public nvinfer1::IPluginV3,
+                     public nvinfer1::IPluginV3OneCore,
+                     public nvinfer1::IPluginV3OneBuild,
+                     public nvinfer1::IPluginV3OneRuntime {
+  public:
+    Plugin(const Op& op, int32_t top_k);
+
+    nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
+    nvinfer1::IPluginV3* clone() noexcept override;
+
+    const char* getPluginName() const noexcept override { return op_.name; }
+    const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+    const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+    int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
+                            nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) noexcept override;
+    int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t nb_outputs,
+                               nvinfer1::DataType const* input_types, int32_t nb_inputs) const noexcept override;
+    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nb_inputs,
+                            nvinfer1::DimsExprs const* shape_inputs, int32_t nb_shape_inputs,
+                            nvinfer1::DimsExprs* outputs, int32_t nb_outputs,
+                            nvinfer1::IExprBuilder& builder) noexcept override;
+    bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* in_out, int32_t nb_inputs,
+                                   int32_t nb_outputs) noexcept override;
+    int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(op_.outputs.size()); }
+    size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
+                            nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const noexcept override;
+
+    int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nb_inputs,
+                          nvinfer1::PluginTensorDesc const* out, int32_t nb_outputs) noexcept override;
+    int32_t enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1::PluginTensorDesc const* output_desc,
+                    void const* const* inputs, void* const* outputs, void* workspace,
+                    cudaStream_t stream) noexcept override;
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
+    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_; }
+
+  private:
+    // Logs "<plugin>: <what>" as an error and returns a status that TensorRT takes as failure.
+    int32_t refuse(const std::string& what) const noexcept;
+    // Empty if the number of tensors is the op's.
+    std::string count_problem(int32_t nb_inputs, int32_t nb_outputs) const;
+    // Empty if `type` may be tensor `index`, given the types before it.
+    std::string type_problem(int32_t index, const nvinfer1::DataType* types) const;
+
+    const Op& op_;
+    const int32_t format_version_ = kFormatVersion;
+    const int32_t top_k_;
+    nvinfer1::PluginField stored_fields_[2];
+    nvinfer1::PluginFieldCollection stored_;
+};
+
+class Creator final : public nvinfer1::IPluginCreatorV3One {
+  public:
+    explicit Creator(const Op& op);
+
+    nvinfer1::IPluginV3* createPlugin(const char* name, nvinfer1::PluginFieldCollection const* fields,
+                                      nvinfer1::TensorRTPhase phase) noexcept override;
+    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &fields_; }
+    const char* getPluginName() const noexcept override { return op_.name; }
+    const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+    const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  private:
+    const Op& op_;
+    nvinfer1::PluginField field_;
+    nvinfer1::PluginFieldCollection fields_;
+};
+
+}  // namespace shuntyard

@@ -1,0 +1,41 @@
+// FOR TESTS ONLY: just enough of CUDA to compile the kernels as plain C++ and run their threads one after another.
+//
+// It holds the kernels' arithmetic to the numpy oracle where there is no GPU. It can, because the kernels use neither
+// shared memory nor barriers nor atomics: any order of threads gives the same result, this one included.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+
+struct dim3 {
+    unsigned x, y, z;
+    explicit constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline thread_local dim3 blockIdx, blockDim, threadIdx, gridDim;
+
+namespace shuntyard {
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void*, Arguments... arguments) {
+    // CUDA's own limits, so that a launch that a device would refuse does not pass here (9: invalid configuration).
+    if (grid.x == 0 || grid.y == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || block.x == 0 || block.x > 1024) {
+        return 9;
+    }
+    gridDim = grid;
+    blockDim = block;
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+            for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
+                kernel(static_cast<Parameters>(arguments)...);
+            }
+        }
+    }
+    return 0;
+}
+
+}  // namespace shuntyard

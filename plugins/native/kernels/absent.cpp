@@ -1,0 +1,23 @@
+// In place of the kernels in a library that is built without nvcc: it parses, builds and serialises, and says why it
+// does not run. Workspaces are 0 bytes; nothing would use them.
+#include "shuntyard_plugins.h"
+
+size_t shuntyard_moe_routing_workspace(int64_t, int64_t, int64_t) { return 0; }
+
+int shuntyard_moe_routing(const float*, float*, int32_t*, int32_t*, int64_t, int64_t, int64_t, void*, size_t, void*) {
+    return SHUNTYARD_NO_KERNELS;
+}
+
+size_t shuntyard_moe_experts_workspace(int, int64_t, int64_t, int64_t, int64_t) { return 0; }
+
+int shuntyard_moe_experts(int, int, const void*, const float*, const int32_t*, const int32_t*, const void*, const void*,
+                          void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, size_t, void*) {
+    return SHUNTYARD_NO_KERNELS;
+}
+
+size_t shuntyard_moe_scatter_add_workspace(int64_t, int64_t) { return 0; }
+
+int shuntyard_moe_scatter_add(int, const void*, const void*, const int32_t*, void*, int64_t, int64_t, int64_t, void*,
+                              size_t, void*) {
+    return SHUNTYARD_NO_KERNELS;
+}

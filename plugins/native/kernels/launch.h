@@ -1,0 +1,71 @@
+// Launching kernels: on the device through the CUDA runtime, or, in the tests' host build, as loops (host/on_host.h).
+#pragma once
+
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+
+#include "shuntyard_plugins.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#include <tuple>
+#include <utility>
+
+namespace shuntyard {
+
+template <typename Kernel, typename Arguments, size_t... Index>
+int launch_packed(Kernel* kernel, dim3 grid, dim3 block, void* stream, Arguments& arguments,
+                  std::index_sequence<Index...>) {
+    void* addresses[] = {&std::get<Index>(arguments)...};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0,
+                            static_cast<cudaStream_t>(stream));
+}
+
+// Enqueues kernel(arguments...) and returns the error of this very launch (kernel<<<...>>> would leave it to
+// cudaGetLastError, which may return somebody else's).
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
+    std::tuple<Parameters...> packed{static_cast<Parameters>(arguments)...};
+    return launch_packed(kernel, grid, block, stream, packed, std::index_sequence_for<Parameters...>{});
+}
+
+}  // namespace shuntyard
+#else
+#include "host/on_host.h"
+#endif
+
+// Returns from the calling function if `expression` is a status other than success.
+#define SHUNTYARD_TRY(expression)                      \
+    do {                                               \
+        const int shuntyard_status_ = (expression);    \
+        if (shuntyard_status_ != SHUNTYARD_OK) {       \
+            return shuntyard_status_;                  \
+        }                                              \
+    } while (false)
+
+namespace shuntyard {
+
+constexpr unsigned kBlock = 128;  // threads of a block, in every launch
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Limits of a grid: 2^31-1 blocks along x, 65535 along y. Row counts go to x, columns to y.
+constexpr int64_t kMaxBlocksX = INT_MAX;
+constexpr int64_t kMaxBlocksY = 65535;
+
+inline dim3 grid_of(int64_t along_x, int64_t along_y = 1) {
+    return dim3(static_cast<unsigned>(along_x), static_cast<unsigned>(along_y));
+}
+
+// The extents that all three ops share: at least one expert a token, and T * K and its row numbers fit an i32.
+inline bool valid_rows(int64_t tokens, int64_t top_k) {
+    return tokens >= 0 && top_k >= 1 && (tokens == 0 || top_k <= INT_MAX / tokens);
+}
+
+inline bool valid_columns(int64_t columns) { return columns >= 1 && ceil_div(columns, kBlock) <= kMaxBlocksY; }
+
+}  // namespace shuntyard

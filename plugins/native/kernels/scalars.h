@@ -1,0 +1,115 @@
+// fp16 and bf16 as bits, and their conversions to and from fp32: round to nearest, ties to even; subnormals, infinities
+// and NaN kept (a NaN stays one, its payload may not).
+//
+// Written out rather than taken from CUDA's headers, so that host and device share one definition that needs no CUDA.
+// On the device fp16 uses the conversion instructions, which do the same in one step.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/launch.h"
+
+namespace shuntyard {
+
+struct Half {
+    uint16_t bits;
+};
+
+struct Bfloat {
+    uint16_t bits;
+};
+
+__host__ __device__ inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+__host__ __device__ inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+__host__ __device__ inline float to_float(float value) { return value; }
+
+__host__ __device__ inline float to_float(Bfloat value) { return float_of(uint32_t{value.bits} << 16); }
+
+__host__ __device__ inline float to_float(Half value) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+#else
+    const uint32_t sign = (value.bits & 0x8000u) << 16;
+    const uint32_t magnitude = value.bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) {  // infinity or NaN: all exponent bits set in fp32, too
+        return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    }
+    if (magnitude < 0x0400u) {  // zero or subnormal: a multiple of 2^-24
+        const float absolute = static_cast<float>(magnitude) * 0x1p-24f;
+        return float_of(sign | bits_of(absolute));
+    }
+    return float_of(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
+#endif
+}
+
+template <typename X>
+__host__ __device__ X from_float(float value);
+
+template <>
+__host__ __device__ inline float from_float<float>(float value) {
+    return value;
+}
+
+template <>
+__host__ __device__ inline Bfloat from_float<Bfloat>(float value) {
+    const uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {  // NaN: set a kept mantissa bit, or truncation could leave infinity
+        return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+    }
+    // Half of the last kept place, less one if that place is even: a tie then carries only from odd to even.
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+template <>
+__host__ __device__ inline Half from_float<Half>(float value) {
+#ifdef __CUDA_ARCH__
+    Half result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+#else
+    const uint32_t bits = bits_of(value);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return {static_cast<uint16_t>(sign | 0x7e00u)};
+    }
+    if (magnitude >= 0x477ff000u) {  // 65520, half-way past the largest fp16, and above: infinity
+        return {static_cast<uint16_t>(sign | 0x7c00u)};
+    }
+    if (magnitude < 0x38800000u) {
+        // Below 2^-14: adding 0.5 lines the value up with fp16's subnormal grid of 2^-24, and fp32 addition rounds it
+        // there, ties to even. What the addition left in the mantissa is the result.
+        const float lined_up = float_of(magnitude) + 0.5f;
+        return {static_cast<uint16_t>(sign | (bits_of(lined_up) - bits_of(0.5f)))};
+    }
+    const uint32_t rebiased = magnitude - ((127u - 15u) << 23);
+    return {static_cast<uint16_t>(sign | (rebiased + 0xfffu + (rebiased >> 13 & 1u)) >> 13)};
+#endif
+}
+
+// What a float becomes when it is stored as X.
+template <typename X>
+__host__ __device__ inline float rounded_to(float value) {
+    return to_float(from_float<X>(value));
+}
+
+// 1 / (1 + exp(-value)), without overflow for a large -value.
+__host__ __device__ inline float sigmoid(float value) {
+    const float e = expf(-fabsf(value));
+    return (value >= 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+}  // namespace shuntyard

@@ -1,0 +1,66 @@
+// The C interface of the plugin library: each kernel on raw device pointers and a stream, without TensorRT.
+//
+// Shapes and arithmetic: plugins/contract.py. All tensors are dense and row-major. Launches only enqueue work: they
+// allocate nothing, wait for nothing, and report what the launch itself reports. They return 0, a positive CUDA error
+// code, or one of the negative codes below. With no tokens (T = 0) routing still writes its offsets (all 0); the other
+// two have nothing to write and launch nothing.
+//
+// Index inputs are made by the routing op and trusted to be so, but only so far: whatever they hold, no kernel touches
+// memory outside its tensors (TensorRT times plugins on inputs of arbitrary content), and a row or token that broken
+// indices leave without a value is NaN, never stale memory.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SHUNTYARD_API __attribute__((visibility("default")))
+
+enum shuntyard_type {
+    SHUNTYARD_FP32 = 0,
+    SHUNTYARD_FP16 = 1,
+    SHUNTYARD_BF16 = 2,
+};
+
+enum shuntyard_status {
+    SHUNTYARD_OK = 0,
+    SHUNTYARD_INVALID_ARGUMENT = -1,   // an extent, a type or a top_k that cannot be
+    SHUNTYARD_WORKSPACE_TOO_SMALL = -2,
+    SHUNTYARD_NO_KERNELS = -3,         // the library was built without nvcc
+};
+
+// A JSON object: version, abi_version, cuda (the version of nvcc, or null), cuda_source, architectures.
+SHUNTYARD_API const char* shuntyard_build_info(void);
+
+// What a status says, in words. Never null.
+SHUNTYARD_API const char* shuntyard_status_text(int status);
+
+// logits f32 [T, E] -> scores f32 [T*K], expert_offsets i32 [E+1], permutation i32 [T*K].
+// A NaN logit breaks the contract; it ranks behind every number.
+SHUNTYARD_API size_t shuntyard_moe_routing_workspace(int64_t tokens, int64_t experts, int64_t top_k);
+SHUNTYARD_API int shuntyard_moe_routing(const float* logits, float* scores, int32_t* expert_offsets,
+                                        int32_t* permutation, int64_t tokens, int64_t experts, int64_t top_k,
+                                        void* workspace, size_t workspace_size, void* stream);
+
+// x [T, H], scores f32 [T*K], expert_offsets i32 [E+1], permutation i32 [T*K], gate_up [E, H, 2F], down [E, F, H]
+// -> rows [T*K, H] of x's type.
+SHUNTYARD_API size_t shuntyard_moe_experts_workspace(int x_type, int64_t tokens, int64_t top_k, int64_t hidden,
+                                                     int64_t intermediate);
+SHUNTYARD_API int shuntyard_moe_experts(int x_type, int weight_type, const void* x, const float* scores,
+                                        const int32_t* expert_offsets, const int32_t* permutation, const void* gate_up,
+                                        const void* down, void* rows, int64_t tokens, int64_t experts, int64_t top_k,
+                                        int64_t hidden, int64_t intermediate, void* workspace, size_t workspace_size,
+                                        void* stream);
+
+// base [T, H], rows [T*K, H], permutation i32 [T*K] -> out [T, H]. out may be base.
+SHUNTYARD_API size_t shuntyard_moe_scatter_add_workspace(int64_t tokens, int64_t top_k);
+SHUNTYARD_API int shuntyard_moe_scatter_add(int type, const void* base, const void* rows, const int32_t* permutation,
+                                            void* out, int64_t tokens, int64_t top_k, int64_t hidden, void* workspace,
+                                            size_t workspace_size, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
