@@ -45,12 +45,15 @@ class Engine:
     def __init__(self, path: Path, manifest: EngineManifest, runner: Runner) -> None:
         self.path, self.manifest, self._runner = path, manifest, runner
 
-    def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> Floats:
+    def logits(
+        self, tokens: Any, lengths: Sequence[int] | None = None, *, decode_from: int | None = None
+    ) -> Floats:
         """Logits of every token, from an empty cache.
 
         Args:
             tokens: int64 ``[B, S]``.
             lengths: real length of each sequence, for a ragged batch padded on the right; default all S.
+            decode_from: feed the tokens from this place on one at a time, as generation does.
 
         Returns:
             float32 ``[B, S, V]``; NaN behind a sequence's end. Each sequence's are what it gets when run alone.
@@ -60,7 +63,7 @@ class Engine:
         """
         batch = _Batch(self, tokens, lengths)
         out = np.full((*batch.tokens.shape, self.manifest.vocab_size), np.nan, np.float32)
-        for begin, end, ids, positions in batch.pieces(extra=0):
+        for begin, end, ids, positions in batch.pieces(extra=0, decode_from=decode_from):
             active, count = ids.shape
             every = np.broadcast_to(np.arange(count), (active, count))
             piece = self._runner.step(ids, positions, np.ascontiguousarray(every))
@@ -167,10 +170,10 @@ class _Batch:
         out[self.order] = values
         return out
 
-    def pieces(self, extra: int) -> Iterator[tuple[int, int, Tokens, Tokens]]:
+    def pieces(self, extra: int, decode_from: int | None = None) -> Iterator[tuple[int, int, Tokens, Tokens]]:
         """Starts the runner, then gives ``begin, end, ids [A, S], positions [A, S]`` of each call, A still active.
 
-        ``extra`` tokens of context are kept for decoding.
+        ``extra`` tokens of context are kept for decoding; from ``decode_from`` on, pieces are single tokens.
         """
         limits, longest = self._engine.manifest.limits, self.sorted_lengths[0]
         if longest + extra > limits.max_context:
@@ -183,6 +186,8 @@ class _Batch:
         while begin < longest:
             edge = longest if limits.chunk is None else (begin // limits.chunk + 1) * limits.chunk
             end = min(edge, longest, begin + limits.max_tokens)
+            if decode_from is not None:
+                end = min(end, decode_from) if begin < decode_from else begin + 1
             active = sum(n > begin for n in self.sorted_lengths)
             positions = np.broadcast_to(np.arange(begin, end), (active, end - begin))
             yield begin, end, self.tokens[:active, begin:end], np.ascontiguousarray(positions)

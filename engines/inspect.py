@@ -1,0 +1,126 @@
+"""``inspect``: says what a directory is, from its own files, in one screen."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from shuntyard.engines.manifest import LAYERS_NAME, EngineManifest, load_manifest, verify_files
+from shuntyard.errors import CheckpointError
+from shuntyard.exporter.checkpoint import Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.export import MANIFEST_NAME, read_manifest
+
+Facts = dict[str, Any]
+
+
+def inspect(path: Path) -> Facts:
+    """What ``path`` is: ``kind`` (checkpoint, model or engine) and its facts, in the order to be read.
+
+    Raises:
+        CheckpointError: it is none of these, or broken.
+        EngineError: an engine directory is damaged.
+        UnsupportedError: a checkpoint that shuntyard does not understand; says why.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory", hint="give a checkpoint, model or engine directory")
+    if not (path / MANIFEST_NAME).exists():
+        return {"kind": "checkpoint", "path": str(path), **checkpoint_facts(open_checkpoint(path))}
+    raw = read_manifest(path)
+    if raw.get("kind") == "model":
+        from shuntyard.engines.build import open_model
+
+        opened = open_model(path)
+        facts = checkpoint_facts(opened.checkpoint)
+        return {
+            "kind": "model",
+            "path": str(path),
+            "exported by": f"shuntyard {opened.manifest.shuntyard}",
+            "dtype": opened.manifest.dtype,
+            "layer functions": _layer_functions(opened.model.graph),
+            **facts,
+            "waived": opened.manifest.waived,
+            "values checked": opened.manifest.values_checked,
+        }
+    manifest = load_manifest(path)
+    verify_files(path, manifest, contents=False)
+    return {"kind": "engine", "path": str(path), **engine_facts(path, manifest)}
+
+
+def _layer_functions(graph: Any) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in graph))
+
+
+def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
+    """The shape of the model and what its files hold."""
+    c = checkpoint.config
+    weights, waived = match_weights(checkpoint)
+    parameters = sum(_count(entry.shape) for entry in weights.values())
+    idle = c.num_local_experts - c.num_experts_per_tok
+    active = parameters - len(c.moe_layers) * idle * 3 * c.hidden_size * c.intermediate_size
+    nope = [i for i in range(c.num_hidden_layers) if not c.uses_rope(i)]
+    return {
+        "parameters": f"{parameters:,} ({active:,} active a token)",
+        "layers": f"{c.num_hidden_layers}: MoE in {_ranges(c.moe_layers)}, NoPE in {_ranges(nope)}",
+        "experts": f"{c.num_local_experts}, top-{c.num_experts_per_tok} and one shared" if c.moe_layers else "none",
+        "attention": f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads of {c.head_dim}, "
+        f"chunks of {c.attention_chunk_size}",
+        "rope": f"{c.rope.rope_type}, theta {c.rope.rope_theta:g}"
+        + (f", factor {c.rope.factor:g}" if c.rope.factor else ""),
+        "hidden, vocabulary": f"{c.hidden_size}, {c.vocab_size:,}",
+        "context": f"{c.max_position_embeddings:,}",
+        "weights": ", ".join(
+            f"{count} {dtype}" for dtype, count in Counter(e.dtype for e in weights.values()).most_common()
+        ),
+        "shards": f"{len(checkpoint.headers)} ({checkpoint.nbytes:,} bytes)",
+        "waived": waived,
+        "fingerprint": checkpoint.fingerprint[:16],
+    }
+
+
+def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
+    """What an engine was built for and of."""
+    limits = manifest.limits
+    layers = json.loads((path / LAYERS_NAME).read_text(encoding="utf-8"))
+    cache = 2 * sum(s.heads * s.rows * s.head_dim for s in manifest.cache)
+    item = {"fp32": 4, "fp16": 2, "bf16": 2}[manifest.dtype]
+    return {
+        "backend": f"{manifest.backend} {manifest.backend_version}",
+        "target": manifest.target,
+        "dtype": manifest.dtype,
+        "limits": f"batch {limits.max_batch}, context {limits.max_context:,}, {limits.max_tokens:,} tokens a call",
+        "KV cache": f"{cache * item:,} bytes a sequence",
+        "layers": f"{len(layers)}: "
+        + ", ".join(f"{n} {kind}" for kind, n in Counter(layer["kind"] for layer in layers).most_common(8)),
+        "plugins": [
+            f"{layer['plugin']} in {', '.join(layer['modules'])} ({'/'.join(layer['outputs'])})"
+            for layer in layers
+            if layer["plugin"]
+        ],
+        "precision": _by_value(manifest.precision),
+        "files": f"{len(manifest.files)} ({sum(f.bytes for f in manifest.files.values()):,} bytes)",
+        "fingerprint": manifest.checkpoint_fingerprint[:16],
+        "built by": f"shuntyard {manifest.shuntyard}",
+    }
+
+
+def _by_value(precision: dict[str, str]) -> str:
+    counts = Counter(precision.values())
+    return ", ".join(f"{count} modules {dtype}" for dtype, count in counts.most_common())
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _ranges(numbers: Any) -> str:
+    items = sorted(numbers)
+    if not items:
+        return "none"
+    if len(items) > 8:
+        return f"{', '.join(map(str, items[:3]))} … {items[-1]} ({len(items)})"
+    return ", ".join(map(str, items))

@@ -1,0 +1,47 @@
+"""Text to tokens and back, by the checkpoint's own ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from shuntyard.errors import CheckpointError
+
+
+class Tokenizer:
+    """A tokenizer that opens every text with the checkpoint's begin-of-sequence token, if it has one."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, bos: int | None) -> None:
+        self._inner, self._bos = inner, bos
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """Reads the tokenizer of a checkpoint, model or engine directory.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file", hint="text needs the checkpoint's tokenizer.json; token ids do without"
+            )
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        bos = config.get("bos_token_id")
+        return cls(inner, bos if isinstance(bos, int) and bos < inner.get_vocab_size() else None)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, opened by the begin-of-sequence token."""
+        ids = list(self._inner.encode(text, add_special_tokens=False).ids)
+        return ids if self._bos is None else [self._bos, *ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
