@@ -1,1 +1,264 @@
-def main() -> None: print("hi")
+"""The ``shuntyard`` command. Data goes to stdout, progress and logs to stderr.
+
+Exit status: 0 done (and passed), 1 a comparison failed, 2 bad usage, 3 refused or broken input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import shuntyard
+from shuntyard.errors import ShuntyardError
+
+# Rooms are imported inside the commands: `shuntyard --help` need not wait for torch.
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 3, 130
+
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+_DTYPE = click.Choice(["fp32", "fp16", "bf16"])
+_PATH = click.Path(path_type=Path)
+
+
+def _say(line: str) -> None:
+    _err.print(line, style="dim", markup=False)
+
+
+def _emit(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))
+
+
+class _Group(click.Group):
+    """Turns errors that users can act on into one line and a hint."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShuntyardError as error:
+            if ctx.params.get("debug"):
+                raise
+            _err.print(f"error: {error.message}", style="bold red", markup=False, soft_wrap=True)
+            if error.hint:
+                _err.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+            ctx.exit(EXIT_REFUSED)
+        except KeyboardInterrupt:
+            _err.print("interrupted")
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(shuntyard.__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Llama 4 checkpoints to engines that people can trust."""
+
+
+@main.command()
+@click.argument("ckpt", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--dtype", type=_DTYPE, default="fp32", show_default=True, help="Compute type; build can change it.")
+@click.option("--copy", is_flag=True, help="Copy the shards where hard links are impossible.")
+@click.option("--check-values", is_flag=True, help="Read all weights and refuse NaN and infinity.")
+@click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+def export(ckpt: Path, out: Path, dtype: str, copy: bool, check_values: bool, as_json: bool) -> None:
+    """Export the checkpoint CKPT to the new model directory OUT."""
+    from shuntyard.exporter.export import export as run
+
+    result = run(ckpt, out, dtype=dtype, copy=copy, check_values=check_values, report=_say)
+    if as_json:
+        _emit(result.as_dict())
+    else:
+        click.echo(
+            f"{result.path}: {result.tensors} tensors, {result.bytes_linked:,} bytes linked, "
+            f"{result.bytes_written:,} written"
+        )
+        for name in result.waived:
+            click.echo(f"waived: {name}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A callback ``(phase, done, total)`` behind progress bars on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=_err, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase[:48], total=max(total, 1))
+            bars.update(tasks[phase], completed=done if total else 1)
+
+        yield update
+
+
+@main.command()
+@click.argument("model", type=_PATH)
+@click.argument("engine", type=_PATH)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+    default="onnxruntime",
+    show_default=True,
+)
+@click.option("--gpu", help="Target of an ahead-of-time build, as sm89.")
+@click.option("--dtype", type=_DTYPE, help="Compute type.  [default: the model directory's]")
+@click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-context", type=click.IntRange(1), help="Tokens.  [default: the model's, at most 8192]")
+@click.option("--copy", is_flag=True, help="Copy the shards where hard links are impossible.")
+@click.option("--json", "as_json", is_flag=True, help="The engine's manifest as JSON on stdout.")
+def build(
+    model: Path,
+    engine: Path,
+    backend: str,
+    gpu: str | None,
+    dtype: str | None,
+    max_batch: int,
+    max_context: int | None,
+    copy: bool,
+    as_json: bool,
+) -> None:
+    """Build the model directory MODEL into the new engine directory ENGINE."""
+    from shuntyard.engines.build import Reporter, Request, json_ready
+    from shuntyard.engines.build import build as run
+
+    request = Request(
+        backend=backend, dtype=dtype, gpu=gpu, max_batch=max_batch, max_context=max_context, copy=copy
+    )
+    with _progress() as update:
+        manifest = run(model, engine, request, Reporter(_say, update))
+    if as_json:
+        _emit(json_ready(manifest))
+    else:
+        plugins = ", ".join(f"{count} {name}" for name, count in manifest.plugins.items())
+        click.echo(
+            f"{engine}: {manifest.backend} {manifest.backend_version} for {manifest.target}, {manifest.dtype}"
+            + (f", plugins {plugins}" if plugins else "")
+        )
+
+
+@main.command()
+@click.argument("engine", type=_PATH)
+@click.option("--reference", type=_PATH, required=True, help="Checkpoint that transformers loads in fp32.")
+@click.option("--text", type=_PATH, help="UTF-8 text.  [default: the miniature's held-out text]")
+@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Windows of the text.")
+@click.option("--length", type=click.IntRange(4), help="Tokens a window.  [default: 3.5 chunks, at most 512]")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+def validate(engine: Path, reference: Path, text: Path | None, windows: int, length: int | None, as_json: bool) -> None:
+    """Hold ENGINE to the PyTorch reference; exit status 1 when a check fails."""
+    from shuntyard.validate.demo import held_out_text, read_text
+    from shuntyard.validate.validate import Plan
+    from shuntyard.validate.validate import validate as run
+
+    content = held_out_text() if text is None else read_text(text)
+    report = run(engine, reference, content, Plan(windows=windows, length=length), _say)
+    if as_json:
+        _emit(report.as_dict())
+    else:
+        _print_report(report)
+    if not report.passed:
+        sys.exit(EXIT_FAILED)
+
+
+def _print_report(report: Any) -> None:
+    table = Table(title=f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}")
+    for column in ("check", "value", "bound", "", "where"):
+        table.add_column(column, overflow="fold")
+    marks = {True: "[green]ok", False: "[bold red]FAIL", None: ""}
+    for check in report.checks:
+        value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
+        table.add_row(check.name, value, check.bound, marks[check.ok], check.detail)
+    _out.print(table)
+    for note in report.notes:
+        _out.print(f"note: {note}", markup=False)
+    _out.print("[bold green]passed" if report.passed else "[bold red]FAILED")
+
+
+@main.command()
+@click.argument("engine", type=_PATH)
+@click.option("--prompt", required=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Prompt and new tokens as JSON on stdout.")
+def run(engine: Path, prompt: str, max_new_tokens: int, as_json: bool) -> None:
+    """Continue a prompt greedily; the text streams to stdout as it comes."""
+    from shuntyard.engines import open_engine
+    from shuntyard.engines.text import Tokenizer
+
+    opened = open_engine(engine)
+    tokenizer = Tokenizer.from_directory(engine)
+    ids = tokenizer.encode(prompt)
+    new: list[int] = []
+    shown = ""
+    for step in opened.stream([ids], max_new_tokens):
+        new.append(int(step[0]))
+        text = tokenizer.decode(new)
+        # A character can span tokens: what ends in the replacement character is not whole yet.
+        if not as_json and not text.endswith("\ufffd"):
+            click.echo(text[len(shown) :], nl=False)
+            shown = text
+    if as_json:
+        _emit({"prompt_tokens": ids, "new_tokens": new, "text": tokenizer.decode(new)})
+    else:
+        click.echo(tokenizer.decode(new)[len(shown) :])
+
+
+@main.command()
+@click.argument("path", type=_PATH)
+@click.option("--json", "as_json", is_flag=True)
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what a checkpoint, model or engine directory is."""
+    from shuntyard.engines.inspect import inspect as run
+
+    facts = run(path)
+    if as_json:
+        _emit(facts)
+        return
+    table = Table(show_header=False, title=f"{facts.pop('kind')} {facts.pop('path')}", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{count} {key}" for key, count in value.items())
+        if isinstance(value, list):
+            value = "\n".join(map(str, value)) or "none"
+        table.add_row(name, str(value))
+    _out.print(table)
+
+
+@main.command()
+@click.argument("out", type=_PATH, default=Path("demo-output"))
+@click.option("--json", "as_json", is_flag=True)
+def demo(out: Path, as_json: bool) -> None:
+    """Export, build and validate the trained miniature into the new directory OUT."""
+    from shuntyard.validate.demo import run_demo
+
+    with _progress() as update:
+        result = run_demo(out, _say, update)
+    if as_json:
+        _emit(result.as_dict())
+    else:
+        _print_report(result.report)
+        table = Table(title="engines", title_justify="left")
+        for column in ("engine", "target", "type", "plugin layers in the plan"):
+            table.add_column(column)
+        for row in result.engines:
+            table.add_row(*row)
+        _out.print(table)
+        for note in result.notes:
+            _out.print(f"note: {note}", markup=False)
+    if not result.report.passed:
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""``validate``: holds an engine to the PyTorch reference on a text.
+
+Three comparisons, all on the same tokens and from an empty cache:
+
+1. Prefill: windows of the text, all logits, perplexity of both.
+2. Decode: the same logits when the last tokens of a window are fed one at a time, over chunk edges.
+3. Greedy: both generate from the same prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shuntyard.engines.engine import Engine, open_engine
+from shuntyard.engines.text import Tokenizer
+from shuntyard.errors import EngineError
+from shuntyard.exporter.checkpoint import Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.values import check_finite
+from shuntyard.validate import metrics
+from shuntyard.validate.reference import Reference
+from shuntyard.validate.report import Check, Report
+from shuntyard.validate.tolerances import TOLERANCES, Tolerance
+
+Tokens = NDArray[np.int64]
+
+LONGEST_WINDOW = 512
+"""Default bound on a window: the reference runs every expert on every token."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to compare."""
+
+    windows: int = 8
+    length: int | None = None  # tokens of a window; default 3.5 chunks, at most LONGEST_WINDOW and the context
+    decode: int = 96  # tokens fed and generated one at a time
+
+
+def validate(
+    engine_path: Path,
+    checkpoint_path: Path,
+    text: str,
+    plan: Plan | None = None,
+    report_line: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Compares and judges. The verdict is in the report; a failed comparison is no exception.
+
+    Raises:
+        EngineError: the engine cannot be opened, or the text is too short.
+        CheckpointError: the reference cannot be loaded, or a weight is not finite.
+    """
+    plan = plan or Plan()
+    engine = open_engine(engine_path, verify=True)
+    checkpoint = open_checkpoint(checkpoint_path)
+    check_finite(match_weights(checkpoint)[0].values())
+    tolerance = TOLERANCES[engine.manifest.dtype]
+    tokenizer = Tokenizer.from_directory(checkpoint_path)
+    windows, decode = _windows(tokenizer.encode(text), engine, checkpoint, plan)
+    report = Report(
+        str(engine_path), str(checkpoint_path), engine.manifest.backend, engine.manifest.dtype, int(windows.size)
+    )
+    _note_what_is_not_exercised(report, engine, checkpoint, windows.shape[1])
+    reference = Reference(checkpoint_path)
+    report_line(f"{len(windows)} windows of {windows.shape[1]} tokens")
+    expected = np.concatenate([reference.logits(window[None]) for window in windows])
+    size = engine.manifest.limits.max_batch
+    batches = [windows[i : i + size] for i in range(0, len(windows), size)]
+    report_line("prefill")
+    prefilled = np.concatenate([engine.logits(batch) for batch in batches])
+    _compare("prefill", report, tolerance, expected, prefilled, windows)
+    report_line(f"decoding {decode} tokens")
+    split = windows.shape[1] - decode
+    decoded = engine.logits(windows[:1], decode_from=split)
+    _compare("decode", report, tolerance, expected[:1, split:], decoded[:, split:], windows[:1, split:])
+    _compare_greedy(report, tolerance, engine, reference, windows[0, :split], decode)
+    return report
+
+
+def _windows(tokens: list[int], engine: Engine, checkpoint: Checkpoint, plan: Plan) -> tuple[Tokens, int]:
+    """``[windows, length]`` of consecutive text, each opened by the text's first token, and the decode length."""
+    context, chunk = engine.manifest.limits.max_context, checkpoint.config.attention_chunk_size
+    wanted = plan.length or min(LONGEST_WINDOW, chunk * 7 // 2 if chunk else LONGEST_WINDOW)
+    length = min(wanted, context)
+    if length < 4:
+        raise EngineError(f"windows of {length} tokens are too short to compare", hint="give a larger --length")
+    count = min(plan.windows, (len(tokens) - 1) // (length - 1))
+    if count < 1:
+        raise EngineError(
+            f"the text has {len(tokens)} tokens, a window takes {length}", hint="give a longer --text or a --length"
+        )
+    first, body = tokens[0], tokens[1:]
+    rows = [[first, *body[i * (length - 1) : (i + 1) * (length - 1)]] for i in range(count)]
+    return np.array(rows, np.int64), min(plan.decode, length - 2)
+
+
+def _note_what_is_not_exercised(report: Report, engine: Engine, checkpoint: Checkpoint, length: int) -> None:
+    config = checkpoint.config
+    if engine.manifest.checkpoint_fingerprint != checkpoint.fingerprint:
+        report.notes.append("the engine was built from other files than the reference reads")
+    if config.attention_chunk_size is not None and length <= config.attention_chunk_size:
+        report.notes.append(
+            f"not exercised: the edge of a chunk ({config.attention_chunk_size} tokens); give a longer --length"
+        )
+    has_nope = 0 in config.no_rope_layers
+    if config.attn_temperature_tuning and has_nope and length < config.floor_scale:
+        report.notes.append(
+            f"not exercised: temperature tuning (from {config.floor_scale:g} tokens on); give a longer --length"
+        )
+
+
+def _compare(
+    part: str,
+    report: Report,
+    tolerance: Tolerance,
+    expected: NDArray[np.float32],
+    actual: NDArray[np.float32],
+    tokens: Tokens,
+) -> None:
+    if not np.isfinite(actual).all():
+        place = [int(i) for i in np.argwhere(~np.isfinite(actual))[0]]
+        report.checks.append(Check(f"{part}: logits finite", "no", "all", False, f"first at {place}"))
+        return
+    error, place = metrics.worst(expected, actual)
+    where = f"window {place[0]}, token {place[1]}, word {place[2]}"
+    report.at_most(f"{part}: max abs error of logits", error, tolerance.max_abs, where)
+    report.at_most(f"{part}: mean KL", max(0.0, float(metrics.kl(expected, actual).mean())), tolerance.mean_kl)
+    report.at_least(f"{part}: top-1 agreement", metrics.top1_agreement(expected, actual), tolerance.top1)
+    perplexities = []
+    for logits in (expected, actual):
+        losses = [metrics.negative_log_likelihood(logits[i, :-1], tokens[i, 1:]) for i in range(len(tokens))]
+        perplexities.append(float(np.exp(np.mean(losses))))
+    theirs, ours = perplexities
+    report.at_most(
+        f"{part}: perplexity, relative difference",
+        abs(ours / theirs - 1),
+        tolerance.perplexity,
+        f"engine {ours:.4f}, reference {theirs:.4f}",
+    )
+
+
+def _compare_greedy(
+    report: Report, tolerance: Tolerance, engine: Engine, reference: Reference, prompt: Tokens, count: int
+) -> None:
+    """Same tokens, or a first difference at a near tie of the reference's best two."""
+    theirs = reference.generate(prompt.tolist(), count)
+    ours = [int(token) for token in engine.generate(prompt[None], count, stop=[])[0]]
+    name = f"greedy: {count} tokens equal"
+    if ours == theirs:
+        report.checks.append(Check(name, "equal", "equal", True))
+        return
+    place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    context = np.concatenate([prompt, np.array(theirs[:place], np.int64)])
+    last = np.sort(reference.logits(context[None])[0, -1])
+    margin = float(last[-1] - last[-2])
+    report.checks.append(
+        Check(
+            name,
+            f"differ at {place}",
+            f"equal, or a margin < {tolerance.tie:g}",
+            margin < tolerance.tie,
+            f"engine {ours[place]}, reference {theirs[place]}, margin {margin:.3g}",
+        )
+    )
