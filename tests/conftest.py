@@ -1,0 +1,59 @@
+"""Settings of all tests, and a cache of traced functions: tracing is nearly all of an export's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from shuntyard.exporter import trace
+from shuntyard.exporter.export import export
+from tests.checkpoints import raw_config, write_checkpoint
+
+hypothesis.settings.register_profile(
+    "lean", deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("lean")
+
+TRACED = ("embedding_function", "rotary_function", "head_function", "layer_function")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_once() -> Iterator[dict[str, Callable[..., Any]]]:
+    """Traces each part of each configuration once a session; gives the functions that really trace."""
+    torch.set_num_threads(1)  # matrices are tiny: threads would only wait for each other
+    real = {name: getattr(trace, name) for name in TRACED}
+    protos: dict[Any, bytes] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TRACED:
+
+            def cached(*key: Any, name: str = name) -> ir.Function:
+                if (name, key) not in protos:
+                    protos[name, key] = ir.to_proto(real[name](*key)).SerializeToString()
+                proto = onnx.FunctionProto()
+                proto.ParseFromString(protos[name, key])
+                return ir.from_proto(proto)
+
+            patch.setattr(trace, name, cached)
+        yield real
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 8 layers in three shards."""
+    raw = raw_config(num_hidden_layers=8)
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", raw, shards=3)
+
+
+@pytest.fixture(scope="session")
+def model_directory(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What export makes of ``checkpoint``, in fp32."""
+    out = tmp_path_factory.mktemp("model") / "out"
+    export(checkpoint, out)
+    return out
