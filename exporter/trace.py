@@ -165,11 +165,13 @@ def _name_values(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str])
         if value.producer() is None:
             raise AssertionError(f"output {name} of the traced part is one of its inputs")
         value.name = name
+    # Functions are untyped: types were right for the traced ones only; and where torch found what is nobody's business.
+    graph.metadata_props.clear()
     for node in graph:
         node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            value.type = value.shape = None  # functions are untyped: these were right for the traced types only
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        value.metadata_props.clear()
+        value.type = value.shape = None
 
 
 def _constants_into_body(graph: ir.Graph) -> None:
