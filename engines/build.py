@@ -243,7 +243,7 @@ def _build_onnxruntime(
         engine_file=GRAPH_NAME,
         layers=layers,
         plugins={},
-        precision={layer.name: layer.kind.rsplit("<", 1)[1].rstrip(">") for layer in layers},
+        precision=layer_table.expected_precision(opened.model, dtype),
     )
 
 

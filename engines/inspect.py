@@ -94,7 +94,7 @@ def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
         "layers": f"{len(layers)}: "
         + ", ".join(f"{n} {kind}" for kind, n in Counter(layer["kind"] for layer in layers).most_common(8)),
         "plugins": [
-            f"{layer['plugin']} in {', '.join(layer['modules'])} ({'/'.join(layer['outputs'])})"
+            f"{', '.join(layer['origins'])} ({'/'.join(layer['outputs'])})"
             for layer in layers
             if layer["plugin"]
         ],
@@ -107,7 +107,7 @@ def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
 
 def _by_value(precision: dict[str, str]) -> str:
     counts = Counter(precision.values())
-    return ", ".join(f"{count} modules {dtype}" for dtype, count in counts.most_common())
+    return ", ".join(f"{count} products, attentions and plugins {dtype}" for dtype, count in counts.most_common())
 
 
 def _count(shape: tuple[int, ...]) -> int:

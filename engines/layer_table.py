@@ -3,9 +3,9 @@
 For TensorRT it is read back from the builder's verbose log, which ends with one line a layer::
 
     Name: …, LayerType: gemm, Inputs: [ { Name: …, Datatype: BFloat16, … } ], Constants: […], Outputs: […],
-    TacticName: …, StreamId: 0, Metadata: [ONNX Layer: node_matmul | model.layers.0 (Llama4RopeMoeLayer)]
+    TacticName: …, StreamId: 0, Metadata: [ONNX Layer: self_attn.q_proj | model.layers.0 (Llama4RopeMoeLayer)]
 
-The last part of each ``ONNX Layer`` names the call in our graph, and so the checkpoint's module.
+Each ``ONNX Layer`` is a node that the layer computes, innermost first, and so names the checkpoint's module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from shuntyard.errors import EngineError
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.trace import DTYPE_ATTRIBUTE
-from shuntyard.plugins.contract import DOMAIN, PLUGINS
+from shuntyard.plugins.contract import CACHED_ATTENTION, DOMAIN, EXPERTS, PLUGINS, ROUTING, SCATTER_ADD
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
@@ -30,18 +30,25 @@ _DATATYPE = re.compile(r"Datatype: (\w+)")
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 _TENSORRT_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "Int32": "int32", "Int64": "int64"}
+_FLOATS = frozenset({"fp32", "fp16", "bf16", "fp8"})
+
+PLUGIN_KINDS = frozenset({"customlayer", "pluginv3"})
+"""What TensorRT-RTX and TensorRT call a plugin's layer."""
+
+ROUTER = "feed_forward.router"
+"""The product that computes in fp32 whatever the engine's type is."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its kind, the types of what it reads and writes, and the modules of the checkpoint it computes."""
+    """One layer: its kind, the types of what it reads and writes, and the nodes of the graph that it computes."""
 
     name: str
     kind: str
     inputs: list[str]
     constants: list[str]
     outputs: list[str]
-    modules: list[str]
+    origins: list[str]  # as model.layers.0.self_attn.q_proj
     plugin: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,13 +60,19 @@ def _types(text: str) -> list[str]:
     return [_TENSORRT_TYPES.get(name, name.lower()) for name in _DATATYPE.findall(text)]
 
 
-def _modules(metadata: str) -> list[str]:
-    calls = (origin.rsplit("|", 1)[-1].strip().split(" ", 1)[0] for origin in _ORIGIN.findall(metadata))
-    return list(dict.fromkeys(calls))
+def _origins(metadata: str) -> list[str]:
+    """Each node's path, outermost call first."""
+    paths = (origin.split("|") for origin in _ORIGIN.findall(metadata))
+    return list(dict.fromkeys(_join(*(part.strip().split(" ", 1)[0] for part in reversed(path))) for path in paths))
+
+
+def _join(*parts: str) -> str:
+    """``model.layers.0`` and ``self_attn`` as one path; a call and its only product may share a name."""
+    return ".".join(part for i, part in enumerate(parts) if i == 0 or part != parts[i - 1])
 
 
 def parse_tensorrt_log(log: str) -> list[Layer]:
-    """The layers of the last dump in a builder's log.
+    """The layers of the dump in a builder's log.
 
     Raises:
         EngineError: the log has no dump, or one in another form than the one above.
@@ -70,8 +83,7 @@ def parse_tensorrt_log(log: str) -> list[Layer]:
         match = _LINE.match(line)
         if match is None:
             raise EngineError(f"the builder's layer dump has a line in an unknown form: {line[:160]}")
-        plugin = next((op.name for op in PLUGINS if op.name in f"{match['name']} {match['metadata']}"), None)
-        is_plugin = "plugin" in match["type"].lower()
+        is_plugin = match["type"].lower().replace("_", "") in PLUGIN_KINDS
         layers.append(
             Layer(
                 name=match["name"],
@@ -79,12 +91,12 @@ def parse_tensorrt_log(log: str) -> list[Layer]:
                 inputs=_types(match["inputs"]),
                 constants=_types(match["constants"]),
                 outputs=_types(match["outputs"]),
-                modules=_modules(match["metadata"]),
-                plugin=plugin if is_plugin else None,
+                origins=_origins(match["metadata"]),
+                plugin=next((op.name for op in PLUGINS if is_plugin and match["name"].startswith(op.name)), None),
             )
         )
     if not layers:
-        raise EngineError("the builder's log has no layer dump", hint="keep profiling verbosity at DETAILED")
+        raise EngineError("the builder's log has no layer dump")
     return layers
 
 
@@ -119,6 +131,26 @@ def expected_plugins(model: ir.Model) -> Counter[str]:
     return total
 
 
+def expected_precision(model: ir.Model, dtype: str) -> dict[str, str]:
+    """What each product, attention and plugin of the graph is to compute in: path -> type."""
+    paths = {CACHED_ATTENTION.name: "self_attn.attention", **{op.name: op.name for op in PLUGINS}}
+    inside = {
+        function.name: [
+            paths.get(node.op_type, str(node.name))
+            for node in function
+            if node.op_type == "MatMul" or node.op_type in paths
+        ]
+        for function in model.functions.values()
+        if function.name not in paths
+    }
+    in_fp32 = {ROUTER, ROUTING.name}
+    return {
+        _join(str(call.name), node): "fp32" if node in in_fp32 else dtype
+        for call in model.graph
+        for node in inside.get(call.op_type, [])
+    }
+
+
 def check_plugins(layers: list[Layer], expected: Counter[str]) -> dict[str, int]:
     """Holds the plugins in the plan to those in the graph.
 
@@ -129,31 +161,40 @@ def check_plugins(layers: list[Layer], expected: Counter[str]) -> dict[str, int]
     for name in sorted(set(expected) | set(built)):
         if built[name] != expected[name]:
             raise EngineError(
-                f"the plan has {built[name]} layers of plugin {name}, the graph asks for {expected[name]}",
-                hint="see build.log; the engine would not compute what was asked",
+                f"the plan has {built[name]} layers of plugin {name}, the graph asks for {expected[name]}"
             )
     return {str(name): count for name, count in sorted(built.items(), key=str)}
 
 
-def check_precision(layers: list[Layer], dtype: str, modules: list[str]) -> dict[str, str]:
-    """Holds what the plan computes in to what was asked: returns module -> compute type.
+def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
+    """Holds what the plan computes in to what was asked.
 
-    A module's compute type shows in its matrix products and plugins: those must read and write the asked
-    type (the router's product, in fp32 by contract, apart). fp32 in between (norms, rotation) is wanted.
+    Every product, attention and plugin of the graph must be found in the plan, in layers that read its type; such a
+    layer may read fp32 beside it (a norm that is fused with it, the scales of a product), but a plain ``gemm`` or a plugin
+    must not. What lies between (norms, rotation, residuals) may be the asked type or fp32.
 
     Raises:
-        EngineError: a module runs in another type, or none of its layers can be found in the plan.
+        EngineError: a node is in another type, or cannot be found in the plan.
     """
-    found: dict[str, set[str]] = {module: set() for module in modules}
-    floats = {"fp32", "fp16", "bf16", "fp8"}
+    found = dict.fromkeys(expected, False)
     for layer in layers:
-        for module in layer.modules:
-            if module in found:
-                found[module].update(t for t in (*layer.inputs, *layer.constants, *layer.outputs) if t in floats)
-    allowed = {dtype, "fp32"}
-    for module, types in found.items():
-        if dtype not in types:
-            raise EngineError(f"no layer of module {module} computes in {dtype}; the plan has {sorted(types) or 'none'}")
-        if types - allowed:
-            raise EngineError(f"module {module} computes in {sorted(types - allowed)}, asked for was {dtype}")
-    return {module: dtype for module in modules}
+        floats = {t for t in (*layer.inputs, *layer.constants, *layer.outputs) if t in _FLOATS}
+        asked = {path: dtype for path, dtype in expected.items() if path in layer.origins}
+        for path, dtype in asked.items():
+            activations = {t for t in layer.inputs if t in _FLOATS}
+            weights = {t for t in layer.constants if t in _FLOATS}
+            if layer.plugin in (EXPERTS.name, SCATTER_ADD.name):
+                activations, weights = {layer.inputs[0]}, set()  # scores are fp32, weights of the checkpoint's type
+            allowed = {dtype} if layer.kind == "gemm" or layer.plugin else {dtype, "fp32"}
+            if activations - allowed or weights - {dtype, "fp32"}:
+                raise EngineError(
+                    f"{path} was to compute in {dtype}, but layer '{layer.name}' ({layer.kind}) reads "
+                    + ", ".join(sorted(activations | weights))
+                )
+            found[path] |= dtype in activations | weights
+        others = floats - {"fp32", *expected.values()}
+        if others and layer.plugin is None:
+            raise EngineError(f"layer '{layer.name}' computes in {', '.join(sorted(others))}, which nobody asked for")
+    for path, is_there in found.items():
+        if not is_there:
+            raise EngineError(f"no layer of the plan shows that it computes {path} in {expected[path]}")

@@ -63,7 +63,7 @@ class EngineManifest(_Strict):
     eos_token_ids: list[int]
     limits: Limits
     cache: list[CacheShape]
-    precision: dict[str, str]  # module -> compute type
+    precision: dict[str, str]  # product, attention or plugin, by its path in the model -> compute type
     checkpoint_fingerprint: str
     graph_sha256: str  # of the model directory's model.onnx
     files: dict[str, FileRecord]

@@ -77,6 +77,7 @@ def build_plan(
     trt = import_tensorrt(request.backend)
     # Before the function bodies are gone, expected_plugins would count the same: calls, not bodies.
     expected = layer_table.expected_plugins(opened.model)
+    precision = layer_table.expected_precision(opened.model, dtype)
     library = shutil.copyfile(library_path(), directory / LIBRARY_NAME) if expected else None
     with tempfile.TemporaryDirectory(prefix=".work-", dir=directory) as scratch:
         work = Path(scratch)
@@ -98,16 +99,17 @@ def build_plan(
             "library": None if library is None else str(library),
             "target": target,
             "ahead_of_time": request.backend == "tensorrt-rtx",
-            "decompose_attention": dtype == "fp32",
             "profile": profile(opened.model, limits),
         }
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run_child(work, job, trt, report)
     log = (directory / LOG_NAME).read_text(encoding="utf-8", errors="replace")
-    layers = layer_table.parse_tensorrt_log(log)
-    plugins = layer_table.check_plugins(layers, expected)
-    modules = [f"model.layers.{i}" for i in range(opened.config.num_hidden_layers)] + ["lm_head"]
-    precision = layer_table.check_precision(layers, dtype, modules)
+    try:
+        layers = layer_table.parse_tensorrt_log(log)
+        plugins = layer_table.check_plugins(layers, expected)
+        layer_table.check_precision(layers, precision)
+    except EngineError as error:
+        raise EngineError(error.message, hint=f"the plan is not what was asked for; {_keep(log)}") from error
     report.line(f"{len(layers)} layers in the plan, plugins {plugins or 'none'}")
     return BuildFacts(
         backend_version=str(trt.__version__),
@@ -186,11 +188,16 @@ def _run_child(work: Path, job: dict[str, Any], trt: Any, report: Reporter) -> N
 
 
 def _explain(status: int, log: Path, stderr: str) -> tuple[str, str]:
-    """The message and the hint for a failed build; the log moves to where it outlives the partial directory."""
+    """The message and the hint for a failed build."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     found = [line.split(" ", 1)[1] for line in text.splitlines() if line.startswith(("ERROR ", "INTERNAL_ERROR "))]
     reason = found[0] if found else (stderr.strip().splitlines() or ["no error in its log"])[-1]
-    with tempfile.NamedTemporaryFile("w", prefix="shuntyard-build-", suffix=".log", delete=False) as kept:
-        kept.write(text + "\n" + stderr)
     ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return f"the builder {ended}: {reason[:400]}", f"its log is kept in {kept.name}"
+    return f"the builder {ended}: {reason[:400]}", _keep(text + "\n" + stderr)
+
+
+def _keep(log: str) -> str:
+    """Writes a log to where it outlives the partial engine directory, and says where."""
+    with tempfile.NamedTemporaryFile("w", prefix="shuntyard-build-", suffix=".log", delete=False) as kept:
+        kept.write(log)
+    return f"the builder's log is kept in {kept.name}"

@@ -70,18 +70,19 @@ def _parse(trt: Any, builder: Any, job: dict[str, Any], logger: Any) -> Any:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = "; ".join(f"{e.node_name() or e.node_operator()}: {e.desc()}" for e in errors)
         _fail(logger, trt, f"the ONNX parser refuses the graph: {said or 'no reason given'}")
-    if job["decompose_attention"]:
-        for i in range(network.num_layers):
-            layer = network.get_layer(i)
-            attention = getattr(layer, "attention", None)
-            if attention is not None:
-                attention.decomposable = True
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' own way to get at a layer's kind
+            # One fused kernel where there is one; else (fp32, odd head sizes) several, where the default is to fail.
+            layer.attention.decomposable = True
     return network
 
 
 def _configure(trt: Any, builder: Any, network: Any, job: dict[str, Any], logger: Any) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32, the router's above all, is fp32 and not 10 bits of mantissa
     config.progress_monitor = _make_monitor(trt)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):

@@ -153,7 +153,8 @@ def trace_function(
     _name_values(graph, list(inputs), outputs)
     _constants_into_body(graph)
     _generic_over_dtype(graph)
-    _mark_plugins(graph)
+    _name_products(graph)
+    _mark_private(graph)
     attribute = ir.Attr(DTYPE_ATTRIBUTE, ir.AttributeType.INT, None)
     return ir.Function(DOMAIN, name, "", graph=graph, attributes=[attribute])
 
@@ -196,11 +197,33 @@ def _generic_over_dtype(graph: ir.Graph) -> None:
                 raise AssertionError(f"constant {tensor} is of the compute type: compute with it in fp32")
 
 
-def _mark_plugins(graph: ir.Graph) -> None:
-    """Names the plugin on each private node that has one: TensorRT then prefers it to the function's body."""
+def _name_products(graph: ir.Graph) -> None:
+    """Calls each product after the weight that it multiplies with, as ``self_attn.q_proj``.
+
+    These names come back in a TensorRT plan's layers, where they say which precision a module was built in.
+    """
+    for node in graph:
+        if node.op_type != "MatMul":
+            continue
+        source = node.inputs[1]
+        while source is not None and (producer := source.producer()) is not None:
+            source = producer.inputs[0]
+        if source is None or not str(source.name).endswith(".weight"):
+            raise AssertionError(f"product {node.name} multiplies with no weight")
+        node.name = str(source.name).removesuffix(".weight")
+
+
+def _mark_private(graph: ir.Graph) -> None:
+    """Names the private nodes, and on each that has one its plugin: TensorRT then prefers it to the function's body.
+
+    A plan's layers show the names of nodes and not of plugins, so a plugin's node is called as the plugin is.
+    """
     plugins = {op.name for op in contract.PLUGINS}
     for node in graph:
-        if node.domain == DOMAIN and node.op_type in plugins:
+        if node.domain != DOMAIN:
+            continue
+        node.name = node.op_type if node.op_type in plugins else "self_attn"
+        if node.op_type in plugins:
             node.attributes.add(ir.AttrString("plugin_namespace", PLUGIN_NAMESPACE))
             node.attributes.add(ir.AttrString("plugin_version", PLUGIN_VERSION))
 

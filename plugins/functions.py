@@ -171,7 +171,7 @@ def cached_attention() -> ir.Function:
         # Boolean, not additive: no finite number added to a score hides every score, and each runtime knows its own way.
         mask = op("Unsqueeze", [visible, tape.const([1])])
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
-        out = op("Attention", [query, present_key, present_value, mask], {"scale": scale})
+        out = op("Attention", [query, present_key, present_value, mask], {"scale": scale}, name="attention")
         return out, present_key, present_value
 
     return _function(contract.CACHED_ATTENTION, build)
