@@ -90,7 +90,12 @@ def export(ckpt: Path, out: Path, dtype: str, copy: bool, check_values: bool, as
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
     """A callback ``(phase, done, total)`` behind progress bars on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=_err, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -132,9 +137,7 @@ def build(
     from shuntyard.engines.build import Reporter, Request, json_ready
     from shuntyard.engines.build import build as run
 
-    request = Request(
-        backend=backend, dtype=dtype, gpu=gpu, max_batch=max_batch, max_context=max_context, copy=copy
-    )
+    request = Request(backend=backend, dtype=dtype, gpu=gpu, max_batch=max_batch, max_context=max_context, copy=copy)
     with _progress() as update:
         manifest = run(model, engine, request, Reporter(_say, update))
     if as_json:

@@ -74,6 +74,7 @@ class Opened:
 
     @property
     def config(self) -> Llama4Config:
+        """The model's configuration."""
         return self.checkpoint.config
 
 
@@ -90,9 +91,7 @@ def open_model(path: Path) -> Opened:
     try:
         manifest = ModelManifest.model_validate(raw)
     except ValueError as error:
-        raise EngineError(
-            f"{path / MANIFEST_NAME}: is of another version of shuntyard", hint="export again"
-        ) from error
+        raise EngineError(f"{path / MANIFEST_NAME}: is of another version of shuntyard", hint="export again") from error
     graph = path / MODEL_NAME
     if not graph.is_file() or sha256_of(graph) != manifest.graph_sha256:
         raise EngineError(f"{graph}: is not the graph that was exported", hint="export again")
@@ -187,7 +186,8 @@ def _check_request(request: Request) -> None:
         raise UnsupportedError(f"dtype '{request.dtype}' is not supported", hint=f"one of {', '.join(COMPUTE_TYPES)}")
     if request.gpu is not None and request.backend == "onnxruntime":
         raise UnsupportedError(
-            "backend onnxruntime: runs on the CPU, --gpu has no meaning for it", hint="--backend tensorrt or tensorrt-rtx"
+            "backend onnxruntime: runs on the CPU, --gpu has no meaning for it",
+            hint="--backend tensorrt or tensorrt-rtx",
         )
     for name in ("max_batch", "max_context", "max_tokens"):
         value = getattr(request, name)

@@ -45,9 +45,7 @@ class Engine:
     def __init__(self, path: Path, manifest: EngineManifest, runner: Runner) -> None:
         self.path, self.manifest, self._runner = path, manifest, runner
 
-    def logits(
-        self, tokens: Any, lengths: Sequence[int] | None = None, *, decode_from: int | None = None
-    ) -> Floats:
+    def logits(self, tokens: Any, lengths: Sequence[int] | None = None, *, decode_from: int | None = None) -> Floats:
         """Logits of every token, from an empty cache.
 
         Args:

@@ -94,9 +94,7 @@ def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
         "layers": f"{len(layers)}: "
         + ", ".join(f"{n} {kind}" for kind, n in Counter(layer["kind"] for layer in layers).most_common(8)),
         "plugins": [
-            f"{', '.join(layer['origins'])} ({'/'.join(layer['outputs'])})"
-            for layer in layers
-            if layer["plugin"]
+            f"{', '.join(layer['origins'])} ({'/'.join(layer['outputs'])})" for layer in layers if layer["plugin"]
         ],
         "precision": _by_value(manifest.precision),
         "files": f"{len(manifest.files)} ({sum(f.bytes for f in manifest.files.values()):,} bytes)",

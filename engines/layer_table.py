@@ -29,7 +29,14 @@ _LINE = re.compile(
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
-_TENSORRT_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "Int32": "int32", "Int64": "int64"}
+_TENSORRT_TYPES = {
+    "Float": "fp32",
+    "Half": "fp16",
+    "BFloat16": "bf16",
+    "FP8": "fp8",
+    "Int32": "int32",
+    "Int64": "int64",
+}
 _FLOATS = frozenset({"fp32", "fp16", "bf16", "fp8"})
 
 PLUGIN_KINDS = frozenset({"customlayer", "pluginv3"})
@@ -170,8 +177,8 @@ def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
     """Holds what the plan computes in to what was asked.
 
     Every product, attention and plugin of the graph must be found in the plan, in layers that read its type; such a
-    layer may read fp32 beside it (a norm that is fused with it, the scales of a product), but a plain ``gemm`` or a plugin
-    must not. What lies between (norms, rotation, residuals) may be the asked type or fp32.
+    layer may read fp32 beside it (a norm that is fused with it, the scales of a product), but a plain ``gemm`` or a
+    plugin must not. What lies between (norms, rotation, residuals) may be the asked type or fp32.
 
     Raises:
         EngineError: a node is in another type, or cannot be found in the plan.

@@ -20,7 +20,7 @@ def _make_logger(trt: Any, path: str) -> Any:
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.stream = Path(path).open("w", encoding="utf-8", buffering=1)
+            self.stream = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115  as long as the process
 
         def log(self, severity: Any, message: str) -> None:
             level = str(severity).rsplit(".", 1)[-1]

@@ -42,7 +42,13 @@ def _initializer(entry: TensorEntry) -> ir.Value:
     """A checkpoint tensor as external data: file name, offset and length, under its own name."""
     dtype, shape = _WEIGHT_TYPES[entry.dtype], ir.Shape(entry.shape)
     tensor = ir.ExternalTensor(
-        entry.file.name, entry.offset, entry.nbytes, dtype, shape=shape, name=entry.name, base_dir=str(entry.file.parent)
+        entry.file.name,
+        entry.offset,
+        entry.nbytes,
+        dtype,
+        shape=shape,
+        name=entry.name,
+        base_dir=str(entry.file.parent),
     )
     return ir.Value(name=entry.name, type=ir.TensorType(dtype), shape=shape, const_value=tensor)
 

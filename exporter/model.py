@@ -131,7 +131,12 @@ def swiglu(x: Tensor, w: Weights, prefix: str) -> Tensor:
 
 
 def attention(
-    config: Llama4Config, kind: LayerKind, w: Weights, x: Tensor, places: tuple[Tensor, ...], past: tuple[Tensor, Tensor]
+    config: Llama4Config,
+    kind: LayerKind,
+    w: Weights,
+    x: Tensor,
+    places: tuple[Tensor, ...],
+    past: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention over a static cache.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from shuntyard.errors import OutputError
 
 
-
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds a lock on a directory, which ends with the process however it dies.

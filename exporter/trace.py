@@ -87,7 +87,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def attention(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, slots: Any, scale: float) -> Any:
         return opset.ShuntyardCachedAttention(q, k, v, past_k, past_v, slots, scale=scale)
 
-    table = {
+    table: dict[Op, Callable[..., Any]] = {
         contract.ROUTING: routing,
         contract.EXPERTS: experts,
         contract.SCATTER_ADD: scatter_add,
@@ -139,9 +139,7 @@ def trace_function(
     """
     dims = {_B: 3, _S: 5, _R: 7, _L: 11}  # any sizes: distinct, so that no two are taken for one
     with FakeTensorMode(allow_non_fake_inputs=True):
-        examples = tuple(
-            torch.empty([dims.get(n, n) for n in shape], dtype=dtype) for shape, dtype in inputs.values()
-        )
+        examples = tuple(torch.empty([dims.get(n, n) for n in shape], dtype=dtype) for shape, dtype in inputs.values())
     dynamic = ({i: n for i, n in enumerate(shape) if n in dims} for shape, _ in inputs.values())
     with _quiet(), _schemas():
         program = torch.export.export(part, examples, dynamic_shapes=(tuple(dynamic),), strict=False)
@@ -234,7 +232,7 @@ def layer_function(config: Llama4Config, kind: LayerKind) -> ir.Function:
     groups, head_dim = config.num_key_value_heads, config.head_dim
     places: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"slots": ((_B, _S), torch.int64)}
     if kind.rope:
-        places |= {name: ((_B, _S, head_dim // 2), torch.float32) for name in ("cos", "sin")}
+        places |= dict.fromkeys(("cos", "sin"), ((_B, _S, head_dim // 2), torch.float32))
     count = len(places)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:

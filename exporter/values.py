@@ -42,7 +42,5 @@ def _refuse(entry: TensorEntry, flat: int, value: float, why: str) -> None:
     place = [int(i) for i in np.unravel_index(flat, entry.shape)]
     raise CheckpointError(
         f"{entry.file}: tensor '{entry.name}' at {place} holds {value}, which {why}",
-        hint="the checkpoint is damaged; download the file again"
-        if "finite" in why
-        else "build with another --dtype",
+        hint="the checkpoint is damaged; download the file again" if "finite" in why else "build with another --dtype",
     )

@@ -1,11 +1,11 @@
 """The errors that shuntyard raises on purpose. The tree::
 
-    ShuntyardError            one clear line and, mostly, a hint
-    |-- UnsupportedError      understood well enough to know that it is not supported
-    |-- CheckpointError       a checkpoint that is broken, incomplete or contradicts itself
-    |-- OutputError           the place to write to exists, is full, or cannot take what is asked
-    |-- EngineError           an engine or model directory that cannot be opened, built or run
-    `-- MismatchError         a comparison that was made and failed
+ShuntyardError            one clear line and, mostly, a hint
+|-- UnsupportedError      understood well enough to know that it is not supported
+|-- CheckpointError       a checkpoint that is broken, incomplete or contradicts itself
+|-- OutputError           the place to write to exists, is full, or cannot take what is asked
+|-- EngineError           an engine or model directory that cannot be opened, built or run
+`-- MismatchError         a comparison that was made and failed
 """
 
 from __future__ import annotations

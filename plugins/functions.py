@@ -112,7 +112,9 @@ def moe_experts(experts: int) -> ir.Function:
         tokens = op("Div", [permutation, top_k])
         by_row = op("Mul", [tape.as_float(op("Gather", [x, tokens])), op("Unsqueeze", [scores, tape.const([1])])])
         scaled = op("CastLike", [by_row, x])  # [T*K, H]
-        offsets = tape.op_multi_out("Split", [expert_offsets], {"axis": 0, "num_outputs": experts + 1}, num_outputs=experts + 1)
+        offsets = tape.op_multi_out(
+            "Split", [expert_offsets], {"axis": 0, "num_outputs": experts + 1}, num_outputs=experts + 1
+        )
         gates_ups = _each_expert(tape, op("CastLike", [gate_up, x]), experts)
         downs = _each_expert(tape, op("CastLike", [down, x]), experts)
         rows = []
@@ -168,7 +170,7 @@ def cached_attention() -> ir.Function:
         present_value = op("TensorScatter", [past_value, value, first], {"axis": 2})
         cache_rows = tape.iota(tape.size(past_key, 2))
         visible = op("LessOrEqual", [cache_rows, op("Unsqueeze", [slots, tape.const([2])])])  # [B, S, L]
-        # Boolean, not additive: no finite number added to a score hides every score, and each runtime knows its own way.
+        # Boolean, not additive: no finite number added to a score hides every score.
         mask = op("Unsqueeze", [visible, tape.const([1])])
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         out = op("Attention", [query, present_key, present_value, mask], {"scale": scale}, name="attention")

@@ -48,9 +48,13 @@ def build_info(path: Path) -> BuildInfo:
     try:
         ask = ctypes.CDLL(str(path)).shuntyard_build_info
     except (OSError, AttributeError) as error:
-        raise EngineError(f"{path}: is no plugin library of shuntyard: {error}", hint="install shuntyard again") from error
+        raise EngineError(
+            f"{path}: is no plugin library of shuntyard: {error}", hint="install shuntyard again"
+        ) from error
     ask.restype = ctypes.c_char_p
     try:
         return BuildInfo.model_validate(json.loads(ask()))
     except (ValueError, ValidationError) as error:
-        raise EngineError(f"{path}: says of itself what cannot be read: {error}", hint="install shuntyard again") from error
+        raise EngineError(
+            f"{path}: says of itself what cannot be read: {error}", hint="install shuntyard again"
+        ) from error

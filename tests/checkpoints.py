@@ -83,7 +83,8 @@ def write_checkpoint(
     if shards == 1:
         save_file(weights, path / "model.safetensors")
         return path
-    names, weight_map = list(weights), {}
+    names = list(weights)
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         own = names[i::shards]

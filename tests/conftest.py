@@ -38,7 +38,7 @@ def trace_once() -> Iterator[dict[str, Callable[..., Any]]]:
                     protos[name, key] = ir.to_proto(real[name](*key)).SerializeToString()
                 proto = onnx.FunctionProto()
                 proto.ParseFromString(protos[name, key])
-                return ir.from_proto(proto)
+                return ir.serde.deserialize_function(proto)
 
             patch.setattr(trace, name, cached)
         yield real

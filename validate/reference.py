@@ -28,7 +28,7 @@ class Reference:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            model, info = Llama4ForCausalLM.from_pretrained(
+            loaded: Any = Llama4ForCausalLM.from_pretrained(
                 checkpoint,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -37,6 +37,7 @@ class Reference:
             )
         except Exception as error:
             raise CheckpointError(f"{checkpoint}: transformers cannot load it: {error}") from error
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(what):
                 names = sorted(str(name) for name in info[what])

@@ -101,7 +101,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "rope twice": ({"rope_scaling": LLAMA3_ROPE}, "has both rope_parameters and rope_scaling"),
     "theta twice": ({"rope_theta": 5.0}, "rope_theta and rope_parameters.rope_theta differ"),
     "theta below 1": ({"rope_parameters": {"rope_theta": 1e-300}}, "rope.rope_theta: Input should be greater than"),
-    "rope names differ": ({"rope_parameters": {**LLAMA3_ROPE, "type": "linear"}}, "type 'linear' and rope_type 'llama3'"),
+    "rope names differ": (
+        {"rope_parameters": {**LLAMA3_ROPE, "type": "linear"}},
+        "type 'linear' and rope_type 'llama3'",
+    ),
     "default with a factor": ({"rope_parameters": {"factor": 2.0}}, "rope: rope type default takes no factor"),
     "list for a size": ({"hidden_size": [[0] * 999]}, "hidden_size: Input should be a valid integer, got [[0, 0"),
 }

@@ -211,15 +211,17 @@ def test_exporting_reads_no_weights(tmp_path: Path) -> None:
     """Shards of 4 GB, which are holes: the export needs little memory and hardly any disk."""
     raw = raw_config(num_hidden_layers=1, vocab_size=16_000_000)
     config = parsed(raw)
-    small = {name: w for name, w in random_weights(parsed(raw_config(num_hidden_layers=1))).items()}
+    small = random_weights(parsed(raw_config(num_hidden_layers=1)))
     checkpoint = write_checkpoint(tmp_path / "big", raw, {n: w for n, w in small.items() if w.shape[0] != 64})
     header: dict[str, Any] = {}
     reached = 0
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         nbytes = config.vocab_size * config.hidden_size * 4
         header[name] = {
-            "dtype": "F32", "shape": [config.vocab_size, config.hidden_size], "data_offsets": [reached, reached + nbytes]
-        }  # fmt: skip
+            "dtype": "F32",
+            "shape": [config.vocab_size, config.hidden_size],
+            "data_offsets": [reached, reached + nbytes],
+        }
         reached += nbytes
     text = json.dumps(header).encode()
     with (checkpoint / "holes.safetensors").open("wb") as stream:

@@ -28,15 +28,13 @@ CHUNK, CONTEXT = 8192, 10_485_760
 
 
 def table(rope: dict[str, Any], chunk: int | None) -> RotaryTable:
-    raw = raw_config(
-        head_dim=128, attention_chunk_size=chunk, max_position_embeddings=CONTEXT, rope_parameters=rope
-    )
+    raw = raw_config(head_dim=128, attention_chunk_size=chunk, max_position_embeddings=CONTEXT, rope_parameters=rope)
     return RotaryTable(parsed(raw))
 
 
 def rotation(rotary: RotaryTable, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        return rotary(torch.from_numpy(positions)[None])
+        return rotary.forward(torch.from_numpy(positions)[None])
 
 
 def frequencies(rope: dict[str, Any]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ class Reference:
     """A transformers model that also measures how close its routers came to choosing other experts."""
 
     def __init__(self, raw: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        self.model = Llama4ForCausalLM(Llama4TextConfig(**raw, attn_implementation="eager")).eval()
+        self.model = Llama4ForCausalLM(Llama4TextConfig(**{**raw, "attn_implementation": "eager"})).eval()
         tied = {"lm_head.weight": weights["model.embed_tokens.weight"]} if raw.get("tie_word_embeddings") else {}
         self.model.load_state_dict({**weights, **tied}, strict=True)
         self.top_k = self.model.config.num_experts_per_tok

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import assume, given, settings
 
@@ -28,7 +30,8 @@ def test_parity(case: Case) -> None:
 
 def test_configuration_that_transformers_writes_is_read_alike() -> None:
     """The completed lists are the same, whatever was left out."""
-    for changes in ({}, {"moe_layers": []}, {"no_rope_layers": []}, {"interleave_moe_layer_step": 3}):
+    every: list[dict[str, Any]] = [{}, {"moe_layers": []}, {"no_rope_layers": []}, {"interleave_moe_layer_step": 3}]
+    for changes in every:
         raw = raw_config(**changes)
         theirs = Reference(raw, random_weights(parsed(raw))).model.config
         ours = parsed(theirs.to_dict() | {"model_type": "llama4_text"})

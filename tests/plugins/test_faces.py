@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
@@ -81,7 +82,8 @@ def in_onnxruntime(
     imports = {"": functions.OPSET, contract.DOMAIN: contract.DOMAIN_VERSION}
     graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports=imports, name="one")
     proto = ir.to_proto(ir.Model(graph, ir_version=11, functions=[body]))
-    return open_session(proto.SerializeToString()).run(None, feeds)
+    results: list[Array] = open_session(proto.SerializeToString()).run(None, feeds)
+    return results
 
 
 def same_routing(got: list[Array] | tuple[Array, ...], expected: tuple[Array, ...]) -> None:
@@ -141,7 +143,7 @@ def test_experts(case: dict[str, Any], compute: str, stored: str) -> None:
         "down": (rng.normal(size=(experts, width, hidden)) / width**0.5).astype(FORMATS[stored]),
     }
     cast = {**feeds, **{name: feeds[name].astype(FORMATS[compute]) for name in ("gate_up", "down")}}
-    expected = oracle.moe_experts(*cast.values(), top_k)
+    expected = oracle.moe_experts(*cast.values(), top_k=top_k)
     in_torch = torch.ops.shuntyard.moe_experts(*(to_torch(a) for a in feeds.values()), top_k)
     ONE_OP[compute].check(to_numpy(in_torch), expected)
     if compute in ONNX_FORMATS:
@@ -162,7 +164,7 @@ def test_scatter_add(case: dict[str, Any], compute: str) -> None:
         "rows": rng.normal(size=(tokens * top_k, hidden)).astype(FORMATS[compute]),
         "permutation": permutation,
     }
-    expected = oracle.moe_scatter_add(*feeds.values(), top_k)
+    expected = oracle.moe_scatter_add(*feeds.values(), top_k=top_k)
     in_torch = to_numpy(torch.ops.shuntyard.moe_scatter_add(*(to_torch(a) for a in feeds.values()), top_k))
     np.testing.assert_array_equal(in_torch, expected)  # the same sums in the same order
     if compute in ONNX_FORMATS:
@@ -203,7 +205,7 @@ def test_cached_attention(case: dict[str, int], compute: str) -> None:
         name: rng.normal(size=(batch, *shape, head_dim)).astype(FORMATS[compute]) for name, shape in shapes.items()
     }
     feeds["slots"] = first[:, None] + np.arange(length)
-    expected = oracle.cached_attention(*feeds.values(), 0.3)
+    expected = oracle.cached_attention(*feeds.values(), scale=0.3)
     faces = [[to_numpy(t) for t in torch.ops.shuntyard.cached_attention(*(to_torch(a) for a in feeds.values()), 0.3)]]
     if compute in ONNX_FORMATS:
         body = functions.cached_attention()
@@ -243,8 +245,10 @@ def test_hidden_rows_stay_hidden_whatever_they_hold(size: float) -> None:
     past_key, past_value = (np.zeros((1, 1, 8, 4), np.float32) for _ in range(2))
     q[:] = abs(q)
     past_key[:, :, 2:], past_value[:, :, 2:] = size, 100.0  # what padding left there
-    feeds = dict(zip(contract.CACHED_ATTENTION.inputs, (q, k, v, past_key, past_value, np.asarray([[0, 1]])), strict=True))
-    expected = oracle.cached_attention(*feeds.values(), 1.0)[0]
+    feeds = dict(
+        zip(contract.CACHED_ATTENTION.inputs, (q, k, v, past_key, past_value, np.asarray([[0, 1]])), strict=True)
+    )
+    expected = oracle.cached_attention(*feeds.values(), scale=1.0)[0]
     in_torch = torch.ops.shuntyard.cached_attention(*(to_torch(a) for a in feeds.values()), 1.0)[0]
     ONE_OP["fp32"].check(to_numpy(in_torch), expected)
     types = [ir.DataType.FLOAT] * 3
@@ -259,7 +263,7 @@ def test_routing_is_deterministic_and_stable() -> None:
         for a, b in zip(run, runs[0], strict=True):
             assert torch.equal(a, b)
     _, offsets, permutation = oracle.moe_routing(logits, 3)
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in pairwise(offsets):
         assert (np.diff(permutation[begin:end]) > 0).all()  # within an expert by slot
 
 

@@ -84,9 +84,7 @@ def prepare_metadata_for_build_editable(metadata_directory: str, config_settings
     return scikit_build.prepare_metadata_for_build_editable(metadata_directory, _with_pip_nvcc(config_settings))
 
 
-def build_wheel(
-    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     return scikit_build.build_wheel(wheel_directory, _with_pip_nvcc(config_settings), metadata_directory)
 
 
