@@ -14,10 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shuntyard.plugins import contract, functions, oracle, torch_ops
+from shuntyard.plugins import contract, functions, torch_ops
+from shuntyard.plugins import oracle as typed_oracle
 from tests.driver import open_session
 from tests.tolerances import ONE_OP
 
+oracle: Any = typed_oracle  # its arguments come in one dictionary here
 Array = NDArray[Any]
 FORMATS = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
