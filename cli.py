@@ -35,6 +35,10 @@ def _say(line: str) -> None:
     _err.print(line, style="dim", markup=False)
 
 
+def _warn(line: str) -> None:
+    _err.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
 def _emit(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 
@@ -139,7 +143,7 @@ def build(
 
     request = Request(backend=backend, dtype=dtype, gpu=gpu, max_batch=max_batch, max_context=max_context, copy=copy)
     with _progress() as update:
-        manifest = run(model, engine, request, Reporter(_say, update))
+        manifest = run(model, engine, request, Reporter(_say, _warn, update))
     if as_json:
         _emit(json_ready(manifest))
     else:
@@ -243,10 +247,11 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def demo(out: Path, as_json: bool) -> None:
     """Export, build and validate the trained miniature into the new directory OUT."""
+    from shuntyard.engines.build import Reporter
     from shuntyard.validate.demo import run_demo
 
     with _progress() as update:
-        result = run_demo(out, _say, update)
+        result = run_demo(out, Reporter(_say, _warn, update))
     if as_json:
         _emit(result.as_dict())
     else:

@@ -31,6 +31,7 @@ from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, 
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.output import link_or_copy, output_directory
 from shuntyard.exporter.values import check_finite
+from shuntyard.plugins.library import BuildInfo
 
 GRAPH_NAME = "engine.onnx"
 
@@ -56,9 +57,10 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass
 class Reporter:
-    """Where a build tells how it goes: lines, and progress of named phases."""
+    """Where a build tells how it goes: lines, what the user should know, and progress of named phases."""
 
     line: Callable[[str], None] = lambda text: None
+    warning: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
 
 
@@ -152,6 +154,7 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
             dtype=dtype,  # type: ignore[arg-type]
             engine_file=facts.engine_file,
             plugin_library=facts.plugin_library,
+            plugin_build=facts.plugin_build,
             plugins=facts.plugins,
             vocab_size=opened.config.vocab_size,
             eos_token_ids=opened.eos_token_ids,
@@ -177,6 +180,7 @@ class BuildFacts:
     plugins: dict[str, int]
     precision: dict[str, str]
     plugin_library: str | None = None
+    plugin_build: BuildInfo | None = None
 
 
 def _check_request(request: Request) -> None:
@@ -192,7 +196,9 @@ def _check_request(request: Request) -> None:
     for name in ("max_batch", "max_context", "max_tokens"):
         value = getattr(request, name)
         if value is not None and value < 1:
-            raise UnsupportedError(f"{name} is {value}, must be at least 1")
+            raise UnsupportedError(
+                f"{name} is {value}, must be at least 1", hint="it is a number of sequences or tokens"
+            )
 
 
 def _limits(config: Llama4Config, request: Request) -> Limits:

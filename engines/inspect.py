@@ -96,6 +96,7 @@ def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
         "plugins": [
             f"{', '.join(layer['origins'])} ({'/'.join(layer['outputs'])})" for layer in layers if layer["plugin"]
         ],
+        **({"plugin library": manifest.plugin_build.kernels} if manifest.plugin_build else {}),
         "precision": _by_value(manifest.precision),
         "files": f"{len(manifest.files)} ({sum(f.bytes for f in manifest.files.values()):,} bytes)",
         "fingerprint": manifest.checkpoint_fingerprint[:16],

@@ -185,23 +185,30 @@ def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
     """
     found = dict.fromkeys(expected, False)
     for layer in layers:
-        floats = {t for t in (*layer.inputs, *layer.constants, *layer.outputs) if t in _FLOATS}
-        asked = {path: dtype for path, dtype in expected.items() if path in layer.origins}
-        for path, dtype in asked.items():
-            activations = {t for t in layer.inputs if t in _FLOATS}
-            weights = {t for t in layer.constants if t in _FLOATS}
-            if layer.plugin in (EXPERTS.name, SCATTER_ADD.name):
-                activations, weights = {layer.inputs[0]}, set()  # scores are fp32, weights of the checkpoint's type
-            allowed = {dtype} if layer.kind == "gemm" or layer.plugin else {dtype, "fp32"}
-            if activations - allowed or weights - {dtype, "fp32"}:
-                raise EngineError(
-                    f"{path} was to compute in {dtype}, but layer '{layer.name}' ({layer.kind}) reads "
-                    + ", ".join(sorted(activations | weights))
-                )
-            found[path] |= dtype in activations | weights
-        others = floats - {"fp32", *expected.values()}
-        if others and layer.plugin is None:
-            raise EngineError(f"layer '{layer.name}' computes in {', '.join(sorted(others))}, which nobody asked for")
+        for path in expected.keys() & set(layer.origins):
+            found[path] |= _shows(layer, path, expected[path])
     for path, is_there in found.items():
         if not is_there:
             raise EngineError(f"no layer of the plan shows that it computes {path} in {expected[path]}")
+    for layer in layers:
+        floats = {t for t in (*layer.inputs, *layer.outputs) if t in _FLOATS}
+        others = floats - {"fp32", *expected.values()}
+        if others:
+            raise EngineError(f"layer '{layer.name}' computes in {', '.join(sorted(others))}, which nobody asked for")
+
+
+def _shows(layer: Layer, path: str, dtype: str) -> bool:
+    """Whether ``layer`` proves that ``path`` is computed in ``dtype``.
+
+    Raises:
+        EngineError: it proves that it is not.
+    """
+    activations = {t for t in layer.inputs if t in _FLOATS}
+    weights = {t for t in layer.constants if t in _FLOATS}
+    if layer.plugin in (EXPERTS.name, SCATTER_ADD.name):
+        activations, weights = {layer.inputs[0]}, set()  # scores are fp32, weights of the checkpoint's type
+    allowed = {dtype} if layer.kind == "gemm" or layer.plugin else {dtype, "fp32"}
+    if activations - allowed or weights - {dtype, "fp32"}:
+        read = ", ".join(sorted(activations | weights))
+        raise EngineError(f"{path} was to compute in {dtype}, but layer '{layer.name}' ({layer.kind}) reads {read}")
+    return dtype in activations | weights

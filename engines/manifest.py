@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shuntyard.errors import EngineError
 from shuntyard.exporter.export import MANIFEST_NAME, read_manifest
+from shuntyard.plugins.library import BuildInfo
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -58,6 +59,7 @@ class EngineManifest(_Strict):
     dtype: Literal["fp32", "fp16", "bf16"]
     engine_file: str
     plugin_library: str | None
+    plugin_build: BuildInfo | None
     plugins: dict[str, int]  # plugin name -> how many layers of the engine are that plugin
     vocab_size: int
     eos_token_ids: list[int]

@@ -22,16 +22,16 @@ import onnx_ir as ir
 
 from shuntyard.engines import layer_table
 from shuntyard.engines.manifest import LOG_NAME, Limits
+from shuntyard.engines.tensorrt_child import OWN
 from shuntyard.engines.tensorrt_runner import MODULES, import_tensorrt
 from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.export import check_graph
-from shuntyard.plugins.library import library_path
+from shuntyard.plugins.library import LIBRARY_NAME, build_info, library_path
 
 if TYPE_CHECKING:
     from shuntyard.engines.build import BuildFacts, Opened, Reporter, Request
 
 PLAN_NAME = "engine.plan"
-LIBRARY_NAME = "libshuntyard_plugins.so"
 
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT-RTX compiles for ahead of time, without a GPU."""
@@ -79,6 +79,12 @@ def build_plan(
     expected = layer_table.expected_plugins(opened.model)
     precision = layer_table.expected_precision(opened.model, dtype)
     library = shutil.copyfile(library_path(), directory / LIBRARY_NAME) if expected else None
+    about = None if library is None else build_info(library)
+    if about is not None and not about.runs_on(target):
+        report.warning(
+            f"the plugin library has {about.kernels}: the engine will be built for {target}, but will not run there; "
+            + about.remedy(target)
+        )
     with tempfile.TemporaryDirectory(prefix=".work-", dir=directory) as scratch:
         work = Path(scratch)
         proto = ir.to_proto(opened.model)
@@ -119,6 +125,7 @@ def build_plan(
         plugins=plugins,
         precision=precision,
         plugin_library=None if library is None else LIBRARY_NAME,
+        plugin_build=about,
     )
 
 
@@ -191,7 +198,8 @@ def _explain(status: int, log: Path, stderr: str) -> tuple[str, str]:
     """The message and the hint for a failed build."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     found = [line.split(" ", 1)[1] for line in text.splitlines() if line.startswith(("ERROR ", "INTERNAL_ERROR "))]
-    reason = found[0] if found else (stderr.strip().splitlines() or ["no error in its log"])[-1]
+    own = [line.removeprefix(OWN) for line in found if line.startswith(OWN)]
+    reason = [*own, *found, *stderr.strip().splitlines()[-1:], "no error in its log"][0]
     ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"the builder {ended}: {reason[:400]}", _keep(text + "\n" + stderr)
 

@@ -55,8 +55,12 @@ def _make_monitor(trt: Any) -> Any:
     return Monitor()
 
 
+OWN = "shuntyard: "
+"""Opens our own words in the log, which say more than the library's."""
+
+
 def _fail(logger: Any, trt: Any, message: str) -> None:
-    logger.log(trt.ILogger.Severity.ERROR, message)
+    logger.log(trt.ILogger.Severity.ERROR, f"{OWN}{message}")
     sys.exit(1)
 
 
@@ -68,8 +72,8 @@ def _parse(trt: Any, builder: Any, job: dict[str, Any], logger: Any) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["onnx"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = "; ".join(f"{e.node_name() or e.node_operator()}: {e.desc()}" for e in errors)
-        _fail(logger, trt, f"the ONNX parser refuses the graph: {said or 'no reason given'}")
+        said = dict.fromkeys(f"{e.node_operator()} '{e.node_name()}': {e.desc()}" for e in errors)
+        _fail(logger, trt, f"the ONNX parser refuses the graph: {'; '.join(said) or 'no reason given'}")
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
@@ -110,7 +114,7 @@ def main(job_path: str) -> None:
     config = _configure(trt, builder, network, job, logger)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        _fail(logger, trt, "the build gave no plan")
+        sys.exit(1)  # the library has said why
     partial = Path(job["plan"] + ".partial")
     partial.write_bytes(plan)
     partial.rename(job["plan"])

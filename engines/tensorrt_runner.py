@@ -48,6 +48,12 @@ class TensorRTRunner(Runner):
                 f"{directory}: was built for {manifest.target}, this GPU is sm{major}{minor}",
                 hint=f"build with --gpu sm{major}{minor}",
             )
+        about = manifest.plugin_build
+        if about is not None and not about.runs_on(manifest.target):
+            raise EngineError(
+                f"{directory}: its plugin library has {about.kernels}, none that runs on {manifest.target}",
+                hint=about.remedy(manifest.target),
+            )
         trt = import_tensorrt(manifest.backend)
         self._trt, self._manifest = trt, manifest
         self._logger = trt.Logger(trt.Logger.WARNING)

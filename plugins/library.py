@@ -17,13 +17,37 @@ LIBRARY_NAME = "libshuntyard_plugins.so"
 class BuildInfo(BaseModel):
     """What a plugin library was built from. ``cuda`` is nvcc's version, None where there are no kernels in it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: str
     abi_version: int
     cuda: str | None
     cuda_source: str
     architectures: tuple[int, ...]
+
+    def runs_on(self, target: str) -> bool:
+        """Whether there are kernels for a GPU of compute capability ``target``, as ``sm89``.
+
+        Machine code runs on later minor versions of its major version; the last architecture is there as PTX too, which
+        a driver compiles for anything later (CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility").
+        """
+        if self.cuda is None or not self.architectures:
+            return False
+        own = int(target.removeprefix("sm"))
+        return self.architectures[-1] <= own or any(a // 10 == own // 10 and a <= own for a in self.architectures)
+
+    @staticmethod
+    def remedy(target: str) -> str:
+        """What to do where no kernel runs on ``target``."""
+        arch = target.removeprefix("sm")
+        return f"install shuntyard with -C cmake.define.SHUNTYARD_CUDA_ARCHITECTURES={arch} and nvcc, then build again"
+
+    @property
+    def kernels(self) -> str:
+        """What kernels there are, in words."""
+        if self.cuda is None:
+            return "no kernels (built without nvcc)"
+        return f"kernels by nvcc {self.cuda} for {', '.join(f'sm{a}' for a in self.architectures)}"
 
 
 def library_path() -> Path:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from shuntyard.engines.build import Request, build
 from shuntyard.exporter import trace
 from shuntyard.exporter.export import export
 from tests.checkpoints import raw_config, write_checkpoint
@@ -56,4 +57,12 @@ def model_directory(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     """What export makes of ``checkpoint``, in fp32."""
     out = tmp_path_factory.mktemp("model") / "out"
     export(checkpoint, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def engine_directory(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What build makes of ``model_directory`` for ONNX Runtime, with a context of 40 tokens."""
+    out = tmp_path_factory.mktemp("engine") / "out"
+    build(model_directory, out, Request(max_context=40))
     return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +67,10 @@ class DemoResult:
         return {"report": self.report.as_dict(), "engines": self.engines, "notes": self.notes}
 
 
-def run_demo(out: Path, line: Callable[[str], None], progress: Callable[[str, int, int], None]) -> DemoResult:
+def run_demo(out: Path, reporter: Reporter) -> DemoResult:
     """Exports the miniature, builds an ONNX Runtime and (where installed) a TensorRT-RTX engine, validates."""
     checkpoint = miniature()
-    reporter = Reporter(line, progress)
+    line = reporter.line
     with output_directory(out) as directory:
         line("export")
         export(checkpoint, directory / "model", check_values=True, report=line)
