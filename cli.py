@@ -43,6 +43,11 @@ def _emit(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
+def _one_line(text: str) -> str:
+    """Names from files are printed as they are written in Python: no control character reaches the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class _Group(click.Group):
     """Turns errors that users can act on into one line and a hint."""
 
@@ -52,9 +57,9 @@ class _Group(click.Group):
         except ShuntyardError as error:
             if ctx.params.get("debug"):
                 raise
-            _err.print(f"error: {error.message}", style="bold red", markup=False, soft_wrap=True)
+            _err.print(f"error: {_one_line(error.message)}", style="bold red", markup=False, soft_wrap=True)
             if error.hint:
-                _err.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+                _err.print(f"hint: {_one_line(error.hint)}", markup=False, soft_wrap=True)
             ctx.exit(EXIT_REFUSED)
         except KeyboardInterrupt:
             _err.print("interrupted")

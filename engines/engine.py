@@ -105,7 +105,7 @@ class Engine:
     ) -> Iterator[Tokens]:
         """As :meth:`generate`, one int64 ``[B]`` a step as it comes."""
         if max_new_tokens < 0:
-            raise EngineError(f"max_new_tokens is {max_new_tokens}, must not be negative")
+            raise EngineError(f"max_new_tokens is {max_new_tokens}, must not be negative", hint="0 gives no tokens")
         batch = _Batch(self, tokens, lengths)
         stops = self.manifest.eos_token_ids if stop is None else list(stop)
         if max_new_tokens == 0:
@@ -138,7 +138,8 @@ class _Batch:
         array = np.asarray(tokens)
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
             raise EngineError(
-                f"tokens must be integers [batch, sequence], not empty; got {array.dtype} {list(array.shape)}"
+                f"tokens must be integers [batch, sequence], not empty; got {array.dtype} {list(array.shape)}",
+                hint="pad shorter sequences on the right and give their lengths",
             )
         batch, length = array.shape
         if batch > limits.max_batch:
@@ -147,7 +148,7 @@ class _Batch:
             )
         own = [length] * batch if lengths is None else [int(n) for n in lengths]
         if len(own) != batch or not all(1 <= n <= length for n in own):
-            raise EngineError(f"lengths {own} must be {batch} numbers in 1..{length}")
+            raise EngineError(f"lengths {own} must be {batch} numbers in 1..{length}", hint="one length a sequence")
         for row, n in enumerate(own):
             bad = (array[row, :n] < 0) | (array[row, :n] >= vocab)
             if bad.any():

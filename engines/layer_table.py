@@ -39,6 +39,9 @@ _TENSORRT_TYPES = {
 }
 _FLOATS = frozenset({"fp32", "fp16", "bf16", "fp8"})
 
+NOT_ASKED = "the plan is not what was asked for"
+UNKNOWN_FORM = "this version of TensorRT writes its log differently; what it built cannot be checked"
+
 PLUGIN_KINDS = frozenset({"customlayer", "pluginv3"})
 """What TensorRT-RTX and TensorRT call a plugin's layer."""
 
@@ -89,7 +92,9 @@ def parse_tensorrt_log(log: str) -> list[Layer]:
     for line in lines:
         match = _LINE.match(line)
         if match is None:
-            raise EngineError(f"the builder's layer dump has a line in an unknown form: {line[:160]}")
+            raise EngineError(
+                f"the builder's layer dump has a line in an unknown form: {line[:160]}", hint=UNKNOWN_FORM
+            )
         is_plugin = match["type"].lower().replace("_", "") in PLUGIN_KINDS
         layers.append(
             Layer(
@@ -103,7 +108,7 @@ def parse_tensorrt_log(log: str) -> list[Layer]:
             )
         )
     if not layers:
-        raise EngineError("the builder's log has no layer dump")
+        raise EngineError("the builder's log has no layer dump", hint=UNKNOWN_FORM)
     return layers
 
 
@@ -168,7 +173,8 @@ def check_plugins(layers: list[Layer], expected: Counter[str]) -> dict[str, int]
     for name in sorted(set(expected) | set(built)):
         if built[name] != expected[name]:
             raise EngineError(
-                f"the plan has {built[name]} layers of plugin {name}, the graph asks for {expected[name]}"
+                f"the plan has {built[name]} layers of plugin {name}, the graph asks for {expected[name]}",
+                hint=NOT_ASKED,
             )
     return {str(name): count for name, count in sorted(built.items(), key=str)}
 
@@ -189,12 +195,13 @@ def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
             found[path] |= _shows(layer, path, expected[path])
     for path, is_there in found.items():
         if not is_there:
-            raise EngineError(f"no layer of the plan shows that it computes {path} in {expected[path]}")
+            raise EngineError(f"no layer of the plan shows that it computes {path} in {expected[path]}", hint=NOT_ASKED)
     for layer in layers:
         floats = {t for t in (*layer.inputs, *layer.outputs) if t in _FLOATS}
         others = floats - {"fp32", *expected.values()}
         if others:
-            raise EngineError(f"layer '{layer.name}' computes in {', '.join(sorted(others))}, which nobody asked for")
+            names = ", ".join(sorted(others))
+            raise EngineError(f"layer '{layer.name}' computes in {names}, which nobody asked for", hint=NOT_ASKED)
 
 
 def _shows(layer: Layer, path: str, dtype: str) -> bool:
@@ -210,5 +217,7 @@ def _shows(layer: Layer, path: str, dtype: str) -> bool:
     allowed = {dtype} if layer.kind == "gemm" or layer.plugin else {dtype, "fp32"}
     if activations - allowed or weights - {dtype, "fp32"}:
         read = ", ".join(sorted(activations | weights))
-        raise EngineError(f"{path} was to compute in {dtype}, but layer '{layer.name}' ({layer.kind}) reads {read}")
+        raise EngineError(
+            f"{path} was to compute in {dtype}, but layer '{layer.name}' ({layer.kind}) reads {read}", hint=NOT_ASKED
+        )
     return dtype in activations | weights

@@ -68,6 +68,6 @@ class OnnxRuntimeRunner(Runner):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed: {error}") from error
+            raise EngineError(f"ONNX Runtime failed: {error}", hint="build the engine again") from error
         logits: Floats = binding.get_outputs()[-1].numpy()
         return logits

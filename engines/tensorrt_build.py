@@ -63,7 +63,9 @@ def target_of(backend: str, gpu: str | None) -> str:
     major, minor = torch.cuda.get_device_capability()
     here = f"sm{major}{minor}"
     if gpu not in (None, here):
-        raise UnsupportedError(f"backend tensorrt builds for the GPU at hand, {here}, not for '{gpu}'")
+        raise UnsupportedError(
+            f"backend tensorrt builds for the GPU at hand, {here}, not for '{gpu}'", hint="leave --gpu out"
+        )
     return here
 
 
@@ -115,7 +117,7 @@ def build_plan(
         plugins = layer_table.check_plugins(layers, expected)
         layer_table.check_precision(layers, precision)
     except EngineError as error:
-        raise EngineError(error.message, hint=f"the plan is not what was asked for; {_keep(log)}") from error
+        raise EngineError(error.message, hint=f"{error.hint}; {_keep(log)}") from error
     report.line(f"{len(layers)} layers in the plan, plugins {plugins or 'none'}")
     return BuildFacts(
         backend_version=str(trt.__version__),

@@ -61,7 +61,10 @@ class TensorRTRunner(Runner):
         if manifest.plugin_library is not None:
             registry = runtime.get_plugin_registry()
             if registry.load_library(str(directory / manifest.plugin_library)) is None:
-                raise EngineError(f"{directory / manifest.plugin_library}: the plugin library cannot be loaded")
+                raise EngineError(
+                    f"{directory / manifest.plugin_library}: the plugin library cannot be loaded",
+                    hint="build the engine again",
+                )
         self._runtime = runtime
         self._engine = runtime.deserialize_cuda_engine((directory / manifest.engine_file).read_bytes())
         if self._engine is None:
@@ -99,12 +102,14 @@ class TensorRTRunner(Runner):
                 tensors[f"past_key_values.{name}"] = cache[:active]
             for name, tensor in tensors.items():
                 if not self._context.set_input_shape(name, tuple(tensor.shape)):
-                    raise EngineError(f"the engine does not take {name} of shape {list(tensor.shape)}")
+                    raise EngineError(
+                        f"the engine does not take {name} of shape {list(tensor.shape)}", hint="build the engine again"
+                    )
                 self._context.set_tensor_address(name, tensor.data_ptr())
             for name, cache in self._caches.items():
                 self._context.set_tensor_address(f"present.{name}", cache.data_ptr())
             self._context.set_tensor_address("logits", logits.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise EngineError("the engine failed to run; see the log above")
+                raise EngineError("the engine failed to run", hint="TensorRT has said why, above")
             result: Floats = logits.cpu().numpy()  # waits for the stream
         return result

@@ -32,7 +32,7 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            raise CheckpointError(f"{path}: cannot be read: {error}", hint="download it again") from error
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         bos = config.get("bos_token_id")
         return cls(inner, bos if isinstance(bos, int) and bos < inner.get_vocab_size() else None)

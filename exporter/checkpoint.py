@@ -56,7 +56,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         index = parse_json(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check that you may read it") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -322,7 +322,7 @@ def load_config(path: Path) -> Llama4Config:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="a checkpoint directory has a config.json") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check that you may read it") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
     if not isinstance(raw, dict):

@@ -138,7 +138,8 @@ def check_graph(proto: onnx.ModelProto, directory: Path) -> None:
         offset, length = int(place["offset"]), int(place["length"])
         if "/" in place["location"] or offset < 0 or offset + length > size:
             raise CheckpointError(
-                f"{directory / place['location']}: tensor '{tensor.name}' ({offset}+{length}) lies outside it"
+                f"{directory / place['location']}: tensor '{tensor.name}' ({offset}+{length}) lies outside it",
+                hint="the checkpoint changed while it was read; export again",
             )
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)

@@ -22,6 +22,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 16
 """No tensor of any model comes near it; bounds the arithmetic on what a header says."""
 
+DAMAGED = "the header is wrong; download the file again"
+
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -58,14 +60,14 @@ def _is_count(value: Any) -> bool:
 def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) -> TensorEntry:
     where = f"{path}: tensor '{name}'"
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: its header entry must have dtype, shape and data_offsets")
+        raise CheckpointError(f"{where}: its header entry must have dtype, shape and data_offsets", hint=DAMAGED)
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}")
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}", hint=DAMAGED)
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(n) for n in shape):
-        raise CheckpointError(f"{where}: shape {shape!r:.80} is not a list of sizes")
+        raise CheckpointError(f"{where}: shape {shape!r:.80} is not a list of sizes", hint=DAMAGED)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise CheckpointError(f"{where}: data_offsets {offsets!r:.80} is not a pair of byte offsets")
+        raise CheckpointError(f"{where}: data_offsets {offsets!r:.80} is not a pair of byte offsets", hint=DAMAGED)
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise CheckpointError(
@@ -76,7 +78,7 @@ def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) ->
     if bits != 8 * (end - begin):
         raise CheckpointError(
             f"{where}: {dtype} {shape} takes {bits} bits, but data_offsets give it {8 * (end - begin)}",
-            hint="the header is wrong; download the file again",
+            hint=DAMAGED,
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
 
@@ -101,7 +103,7 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="download the missing shard") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check that you may read it") from error
     try:
         raw = parse_json(text)
     except ValueError as error:
@@ -119,7 +121,7 @@ def read_header(path: Path) -> Header:
             what = "overlaps the tensor before it" if tensor.offset < reached else "leaves a hole before it"
             raise CheckpointError(
                 f"{path}: tensor '{tensor.name}' {what} (starts at byte {tensor.offset}, expected {reached})",
-                hint="the header is wrong; download the file again",
+                hint=DAMAGED,
             )
         reached += tensor.nbytes
     if reached != size:

@@ -1,11 +1,10 @@
 """The errors that shuntyard raises on purpose. The tree::
 
-ShuntyardError            one clear line and, mostly, a hint
+ShuntyardError            one clear line and a hint
 |-- UnsupportedError      understood well enough to know that it is not supported
 |-- CheckpointError       a checkpoint that is broken, incomplete or contradicts itself
 |-- OutputError           the place to write to exists, is full, or cannot take what is asked
-|-- EngineError           an engine or model directory that cannot be opened, built or run
-`-- MismatchError         a comparison that was made and failed
+`-- EngineError           an engine or model directory that cannot be opened, built or run
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from __future__ import annotations
 class ShuntyardError(Exception):
     """An error that a user can act on: ``message`` says what is wrong, and where; ``hint`` what to do."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+        return f"{self.message}\nhint: {self.hint}"
 
 
 class UnsupportedError(ShuntyardError):
@@ -37,7 +36,3 @@ class OutputError(ShuntyardError):
 
 class EngineError(ShuntyardError):
     """A model or engine directory that cannot be opened, built or run."""
-
-
-class MismatchError(ShuntyardError):
-    """A comparison that was made and failed."""

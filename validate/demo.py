@@ -13,7 +13,7 @@ from shuntyard.engines.manifest import EngineManifest
 from shuntyard.engines.tensorrt_runner import MODULES
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter.export import export
-from shuntyard.exporter.output import output_directory
+from shuntyard.exporter.output import output_directory, refuse_existing
 from shuntyard.validate.report import Report
 from shuntyard.validate.validate import validate
 
@@ -49,9 +49,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
+        raise CheckpointError(f"{path}: no such file", hint="give a UTF-8 text file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read as UTF-8 text: {error}", hint="convert it to UTF-8") from error
 
 
 @dataclass
@@ -69,6 +69,7 @@ class DemoResult:
 
 def run_demo(out: Path, reporter: Reporter) -> DemoResult:
     """Exports the miniature, builds an ONNX Runtime and (where installed) a TensorRT-RTX engine, validates."""
+    refuse_existing(out)
     checkpoint = miniature()
     line = reporter.line
     with output_directory(out) as directory:

@@ -36,7 +36,10 @@ class Reference:
                 output_loading_info=True,
             )
         except Exception as error:
-            raise CheckpointError(f"{checkpoint}: transformers cannot load it: {error}") from error
+            raise CheckpointError(
+                f"{checkpoint}: transformers cannot load it: {error}",
+                hint="the reference reads what transformers reads",
+            ) from error
         model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(what):
