@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -92,3 +93,16 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(own, file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
+
+
+def write_tokenizer(path: Path, vocabulary: int) -> None:
+    """A tokenizer whose words are ``w0`` to ``w<vocabulary - 1>``, so that any token can be written."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(path / "tokenizer.json"))
+
+
+def random_text(words: int, vocabulary: int, seed: int = 0) -> str:
+    """Text for such a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(0, vocabulary, (words,), generator=generator).tolist())

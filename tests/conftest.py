@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from shuntyard.engines.build import Request, build
 from shuntyard.exporter import trace
 from shuntyard.exporter.export import export
-from tests.checkpoints import raw_config, write_checkpoint
+from tests.checkpoints import raw_config, write_checkpoint, write_tokenizer
 
 hypothesis.settings.register_profile(
     "lean", deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
@@ -66,3 +67,24 @@ def engine_directory(model_directory: Path, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("engine") / "out"
     build(model_directory, out, Request(max_context=40))
     return out
+
+
+@dataclass(frozen=True)
+class Worded:
+    """A checkpoint with a tokenizer and an end-of-sequence token, its model directory and its engine."""
+
+    checkpoint: Path
+    model: Path
+    engine: Path
+
+
+@pytest.fixture(scope="session")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Worded:
+    """With a context of 64 tokens."""
+    folder = tmp_path_factory.mktemp("worded")
+    raw = raw_config(num_hidden_layers=8, bos_token_id=1, eos_token_id=2)
+    made = Worded(write_checkpoint(folder / "checkpoint", raw, seed=5), folder / "model", folder / "engine")
+    write_tokenizer(made.checkpoint, raw["vocab_size"])
+    export(made.checkpoint, made.model)
+    build(made.model, made.engine, Request(max_context=64))
+    return made

@@ -1,0 +1,98 @@
+"""The commands as people and scripts use them: data on stdout, talk on stderr, exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from shuntyard.cli import main
+from shuntyard.engines import open_engine
+from tests.checkpoints import random_text
+from tests.conftest import Worded
+
+
+def shuntyard(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_export_and_build(worded: Worded, tmp_path: Path) -> None:
+    result = shuntyard("export", worded.checkpoint, tmp_path / "model", "--dtype", "fp16", "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["path"] == str(tmp_path / "model")
+    assert facts["bytes_written"] < 200_000
+    result = shuntyard("build", tmp_path / "model", tmp_path / "engine", "--max-context", "48", "--json")
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads(result.stdout)
+    assert (manifest["dtype"], manifest["limits"]["max_context"]) == ("fp16", 48)
+    result = shuntyard("build", tmp_path / "model", tmp_path / "wide", "--dtype", "fp32")
+    assert result.stdout.startswith(f"{tmp_path / 'wide'}: onnxruntime ")
+
+
+def test_validate_tells_by_its_exit_status(worded: Worded, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(random_text(200, 64))
+    arguments = ("--reference", worded.checkpoint, "--text", text, "--length", "28", "--windows", "3")
+    result = shuntyard("validate", worded.engine, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.stdout
+    assert "max abs error" in result.stdout
+    result = shuntyard("validate", worded.engine, *arguments, "--json")
+    report = json.loads(result.stdout)
+    assert report["passed"] is True
+    assert report["checks"][0]["name"] == "prefill: max abs error of logits"
+    config = json.loads((worded.checkpoint / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in worded.checkpoint.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"use_qk_norm": False}))
+    result = shuntyard("validate", worded.engine, "--reference", other, *arguments[2:])
+    assert result.exit_code == 1, result.output
+    assert "FAILED" in result.stdout
+
+
+def test_run_streams_what_generate_gives(worded: Worded) -> None:
+    prompt = "w5 w6 w7"
+    result = shuntyard("run", worded.engine, "--prompt", prompt, "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.stderr
+    new = open_engine(worded.engine).generate([[1, 5, 6, 7]], 12)[0]
+    words = [f"w{i}" for i in new if i >= 0]
+    assert result.stdout.split() == words
+    result = shuntyard("run", worded.engine, "--prompt", prompt, "--max-new-tokens", "12", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["prompt_tokens"] == [1, 5, 6, 7]
+    assert facts["new_tokens"] == [int(i) for i in new if i >= 0]
+
+
+def test_run_refuses_more_than_the_context(worded: Worded) -> None:
+    result = shuntyard("run", worded.engine, "--prompt", "w5", "--max-new-tokens", "64")
+    assert result.exit_code == 3
+    assert "exceed the engine's context of 64" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "model", "engine"])
+def test_inspect_fits_a_screen(worded: Worded, kind: str) -> None:
+    path = getattr(worded, kind)
+    result = shuntyard("inspect", path)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith(f"{kind} ")
+    assert len(result.stdout.splitlines()) <= 40
+    facts = json.loads(shuntyard("inspect", path, "--json").stdout)
+    assert facts["kind"] == kind
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys; from shuntyard.cli import main; main(['--help'], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("export", "build", "validate", "run", "inspect", "demo"):
+        assert command in done.stdout

@@ -1,0 +1,159 @@
+"""``validate``: sound engines pass, engines of another model fail, and what was not exercised is said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shuntyard.engines.build import Request, build
+from shuntyard.engines.engine import Engine
+from shuntyard.errors import CheckpointError, EngineError
+from shuntyard.exporter.export import export
+from shuntyard.validate.reference import Reference
+from shuntyard.validate.report import Report
+from shuntyard.validate.validate import Plan, validate
+from tests.checkpoints import random_text, raw_config, write_checkpoint, write_tokenizer
+from tests.conftest import Worded
+
+CHANGES: dict[str, Any] = {"num_hidden_layers": 8, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = random_text(400, 64)
+PLAN = Plan(windows=6, length=28, decode=20)
+
+
+def test_a_sound_engine_passes(worded: Worded) -> None:
+    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
+    assert report.passed, report.as_dict()
+    assert report.notes == []
+    assert report.tokens == 6 * 28
+    names = [check.name for check in report.checks]
+    for part in ("prefill", "decode"):
+        assert f"{part}: max abs error of logits" in names
+        assert f"{part}: perplexity, relative difference" in names
+    assert names[-1] == "greedy: 20 tokens equal"
+    assert all(check.ok for check in report.checks)
+
+
+def test_both_perplexities_are_the_text_s(worded: Worded) -> None:
+    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
+    (check,) = [c for c in report.checks if c.name == "prefill: perplexity, relative difference"]
+    reference = Reference(worded.checkpoint)
+    ids = [1, *(int(word[1:]) for word in TEXT.split())]
+    losses = []
+    for i in range(6):
+        window = torch.tensor([[ids[0], *ids[1 + 27 * i : 28 + 27 * i]]])
+        logits = torch.from_numpy(reference.logits(window.numpy()))[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1].double(), window[0, 1:]).item())
+    expected = math.exp(sum(losses) / 6)
+    assert check.detail == f"engine {expected:.4f}, reference {expected:.4f}"
+
+
+def engine_of(folder: Path, changes: dict[str, Any], weights: dict[str, torch.Tensor], **request: Any) -> Path:
+    checkpoint = write_checkpoint(folder / "checkpoint", raw_config(**CHANGES | changes), weights)
+    write_tokenizer(checkpoint, 64)
+    export(checkpoint, folder / "model")
+    build(folder / "model", folder / "engine", Request(max_context=64, **request))
+    return folder / "engine"
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "temperature off": {"attn_temperature_tuning": False},
+    "QK norm off": {"use_qk_norm": False},
+    "chunks of another size": {"attention_chunk_size": 12},
+    "rope scaling off": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_engine_of_another_model_fails(name: str, worded: Worded, tmp_path: Path) -> None:
+    weights = load_file(worded.checkpoint / "model.safetensors")
+    report = validate(engine_of(tmp_path, FAULTS[name], weights), worded.checkpoint, TEXT, PLAN)
+    assert not report.passed
+    failed = {check.name for check in report.checks if check.ok is False}
+    assert {"prefill: max abs error of logits", "decode: max abs error of logits"} <= failed
+    assert "the engine was built from other files than the reference reads" in report.notes
+
+
+def test_one_swapped_expert_fails(worded: Worded, tmp_path: Path) -> None:
+    weights = load_file(worded.checkpoint / "model.safetensors")
+    name = "model.layers.5.feed_forward.experts.down_proj"
+    weights[name] = weights[name][[1, 0, 2, 3]].contiguous()
+    report = validate(engine_of(tmp_path, {}, weights), worded.checkpoint, TEXT, PLAN)
+    assert not report.passed
+
+
+def test_an_fp16_engine_is_judged_by_fp16_s_tolerances(worded: Worded, tmp_path: Path) -> None:
+    weights = load_file(worded.checkpoint / "model.safetensors")
+    report = validate(engine_of(tmp_path, {}, weights, dtype="fp16"), worded.checkpoint, TEXT, PLAN)
+    by_name = {check.name: check for check in report.checks}
+    assert by_name["prefill: max abs error of logits"].ok is None
+    assert by_name["prefill: mean KL"].bound == "<= 0.001"
+
+
+def test_logits_that_are_not_finite_fail(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Engine.logits
+
+    def poisoned(self: Engine, *arguments: Any, **named: Any) -> Any:
+        out = real(self, *arguments, **named)
+        out[0, 3, 4] = math.nan
+        return out
+
+    monkeypatch.setattr(Engine, "logits", poisoned)
+    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
+    (check,) = [c for c in report.checks if c.name == "prefill: logits finite"]
+    assert check.ok is False
+    assert check.detail == "first at [0, 3, 4]"
+    assert not report.passed
+
+
+def test_a_greedy_difference_fails_unless_it_is_a_tie(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Engine.generate
+
+    def other(self: Engine, *arguments: Any, **named: Any) -> Any:
+        out = real(self, *arguments, **named)
+        out[0, 7] = (out[0, 7] + 1) % 64
+        return out
+
+    monkeypatch.setattr(Engine, "generate", other)
+    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
+    check = report.checks[-1]
+    assert (check.value, check.ok) == ("differ at 7", False)
+    assert "margin" in check.detail
+
+
+def test_what_a_short_text_does_not_exercise_is_said(worded: Worded) -> None:
+    report: Report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=2, length=4, decode=2))
+    assert any("the edge of a chunk (8 tokens)" in note for note in report.notes)
+    report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=2, length=9, decode=2))
+    assert not report.notes
+
+
+def test_texts_that_are_too_short(worded: Worded) -> None:
+    with pytest.raises(EngineError, match="the text has 3 tokens, a window takes 28"):
+        validate(worded.engine, worded.checkpoint, "w3 w4", PLAN)
+    with pytest.raises(EngineError, match="windows of 3 tokens are too short"):
+        validate(worded.engine, worded.checkpoint, TEXT, Plan(length=3))
+
+
+def test_an_engine_that_was_tampered_with_is_not_validated(worded: Worded, tmp_path: Path) -> None:
+    weights = load_file(worded.checkpoint / "model.safetensors")
+    engine = engine_of(tmp_path, {}, weights, copy=True)
+    graph = engine / "engine.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"model.layers.3", b"model.layers.5", 1))
+    with pytest.raises(EngineError, match="has changed since the engine was built"):
+        validate(engine, worded.checkpoint, TEXT, PLAN)
+
+
+def test_a_reference_with_a_missing_weight_proves_nothing(worded: Worded, tmp_path: Path) -> None:
+    weights = load_file(worded.checkpoint / "model.safetensors")
+    del weights["model.layers.2.self_attn.q_proj.weight"]
+    checkpoint = write_checkpoint(tmp_path / "less", raw_config(**CHANGES), weights)
+    write_tokenizer(checkpoint, 64)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight' is missing"):
+        validate(worded.engine, checkpoint, TEXT, PLAN)
+    with pytest.raises(CheckpointError, match="transformers reports missing keys"):
+        Reference(checkpoint)
