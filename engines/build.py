@@ -24,12 +24,13 @@ from shuntyard.engines.manifest import (
     sha256_of,
 )
 from shuntyard.engines.onnxruntime_runner import open_session
-from shuntyard.errors import EngineError, UnsupportedError
+from shuntyard.errors import CheckpointError, EngineError, UnsupportedError
 from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, match_weights, open_checkpoint
-from shuntyard.exporter.config import Llama4Config
+from shuntyard.exporter.config import HINT_CONFIG, Llama4Config
 from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, check_graph, read_manifest
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.output import link_or_copy, output_directory
+from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite
 from shuntyard.plugins.library import BuildInfo
 
@@ -104,13 +105,22 @@ def open_model(path: Path) -> Opened:
 
 
 def eos_token_ids(path: Path) -> list[int]:
-    """End-of-sequence ids, from ``generation_config.json`` or else ``config.json``."""
+    """End-of-sequence ids, from ``generation_config.json`` or else ``config.json``.
+
+    Raises:
+        CheckpointError: a file cannot be read, or what it says is no token id and no list of them.
+    """
     for name in ("generation_config.json", "config.json"):
         file = path / name
-        if file.is_file():
-            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
+        ids = read_json(file).get("eos_token_id") if file.is_file() else None
+        if ids is None:
+            continue
+        found = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in found):
+            raise CheckpointError(
+                f"{file}: eos_token_id is {ids!r:.80}, must be a token id or a list of them", hint=HINT_CONFIG
+            )
+        return found
     return []
 
 
@@ -138,6 +148,7 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
     with output_directory(out) as directory:
         weights, _ = match_weights(opened.checkpoint)
         check_finite(weights.values(), largest=LARGEST[dtype])
+        shards = {header.file.name: sha256_of(header.file) for header in opened.checkpoint.headers}
         report.line(f"read {len(weights)} tensors: all values are finite")
         for name in SIDE_FILES:
             if (model_path / name).is_file():
@@ -162,8 +173,9 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
             cache=_cache_shapes(opened.config, limits),
             precision=facts.precision,
             checkpoint_fingerprint=opened.manifest.checkpoint_fingerprint,
+            checkpoint_sha256=shards,
             graph_sha256=opened.manifest.graph_sha256,
-            files=record_files(directory),
+            files=record_files(directory, known=shards),
         )
         (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest

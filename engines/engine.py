@@ -198,7 +198,7 @@ def open_engine(directory: str | Path, *, verify: bool = False) -> Engine:
 
     Args:
         directory: what ``shuntyard build`` wrote.
-        verify: read every file and hold it to its recorded hash, not only its size.
+        verify: read every file and hold it to its recorded hash, not only those that were written to since.
 
     Raises:
         CheckpointError: there is no manifest.

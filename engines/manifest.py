@@ -24,10 +24,11 @@ class _Strict(BaseModel):
 
 
 class FileRecord(_Strict):
-    """A file of the directory, by content."""
+    """A file of the directory, by content; the time of its last change says when to look at its content again."""
 
     bytes: int
     sha256: str
+    mtime_ns: int
 
 
 class Limits(_Strict):
@@ -66,7 +67,8 @@ class EngineManifest(_Strict):
     limits: Limits
     cache: list[CacheShape]
     precision: dict[str, str]  # product, attention or plugin, by its path in the model -> compute type
-    checkpoint_fingerprint: str
+    checkpoint_fingerprint: str  # of the headers
+    checkpoint_sha256: dict[str, str]  # of each shard's content
     graph_sha256: str  # of the model directory's model.onnx
     files: dict[str, FileRecord]
 
@@ -77,10 +79,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def record_files(directory: Path) -> dict[str, FileRecord]:
-    """Records every file of a directory but the manifest itself and what is hidden."""
+def record_files(directory: Path, known: dict[str, str]) -> dict[str, FileRecord]:
+    """Records every file of a directory but the manifest itself and what is hidden.
+
+    ``known`` holds hashes by file name that need not be computed again.
+    """
     files = sorted(p for p in directory.iterdir() if p.name != MANIFEST_NAME and not p.name.startswith("."))
-    return {p.name: FileRecord(bytes=p.stat().st_size, sha256=sha256_of(p)) for p in files}
+    return {
+        p.name: FileRecord(
+            bytes=p.stat().st_size, sha256=known.get(p.name) or sha256_of(p), mtime_ns=p.stat().st_mtime_ns
+        )
+        for p in files
+    }
 
 
 def load_manifest(directory: Path) -> EngineManifest:
@@ -107,7 +117,10 @@ def load_manifest(directory: Path) -> EngineManifest:
 
 
 def verify_files(directory: Path, manifest: EngineManifest, *, contents: bool) -> None:
-    """Holds the directory's files to the manifest: always their sizes, with ``contents`` their hashes too.
+    """Holds the directory's files to the manifest: their sizes, and the content of those that were written to since.
+
+    Weights may be hard links to a checkpoint: who writes into it writes into the engine. ``contents`` looks at the
+    content of every file, whatever its time of change says.
 
     Raises:
         EngineError: a file is missing or another than the one that was built.
@@ -116,12 +129,13 @@ def verify_files(directory: Path, manifest: EngineManifest, *, contents: bool) -
         path = directory / name
         if not path.is_file():
             raise EngineError(f"{path}: is missing from the engine", hint="build the engine again")
-        size = path.stat().st_size
-        if size != record.bytes:
+        status = path.stat()
+        if status.st_size != record.bytes:
             raise EngineError(
-                f"{path}: has {size} bytes, the engine was built with {record.bytes}", hint="build the engine again"
+                f"{path}: has {status.st_size} bytes, the engine was built with {record.bytes}",
+                hint="build the engine again",
             )
-        if contents and sha256_of(path) != record.sha256:
+        if (contents or status.st_mtime_ns != record.mtime_ns) and sha256_of(path) != record.sha256:
             raise EngineError(
                 f"{path}: has changed since the engine was built",
                 hint="weights are hard links: somebody wrote into the checkpoint's file; export and build again",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,40 @@ from shuntyard.errors import EngineError
 _NUMPY = {"fp32": np.float32, "fp16": np.float16}
 
 
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session on the CPU.
+def open_session(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A session on the CPU, by default with a thread for each core.
 
     Raises:
         EngineError: ONNX Runtime refuses the graph.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime counts the cores
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base below Exception
         raise EngineError(f"{path}: ONNX Runtime cannot open it: {error}", hint="build the engine again") from error
+    _release_freed_memory()
+    return session
+
+
+def _release_freed_memory() -> None:
+    """Gives freed memory back to the system where the C library can (glibc).
+
+    While it opens a graph, ONNX Runtime casts, splits and transposes the weights once and for all. It frees what was
+    between, but glibc keeps it: more than the weights' own size once more, for as long as the process lives.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 class OnnxRuntimeRunner(Runner):
     """Each cache is one buffer, bound as past and present: TensorScatter then writes in place."""
 
-    def __init__(self, engine_file: Path, manifest: EngineManifest) -> None:
+    def __init__(self, engine_file: Path, manifest: EngineManifest, threads: int | None = None) -> None:
         self._manifest = manifest
-        self._session = open_session(engine_file)
+        self._session = open_session(engine_file, threads)
         self._type = _NUMPY[manifest.dtype]
         self._caches: dict[str, Any] = {}
 

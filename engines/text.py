@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from shuntyard.errors import CheckpointError
+from shuntyard.exporter.strict_json import read_json
 
 
 class Tokenizer:
@@ -33,8 +33,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path}: cannot be read: {error}", hint="download it again") from error
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        bos = config.get("bos_token_id")
+        bos = read_json(directory / "config.json").get("bos_token_id")
         return cls(inner, bos if isinstance(bos, int) and bos < inner.get_vocab_size() else None)
 
     def encode(self, text: str) -> list[int]:

@@ -15,7 +15,7 @@ from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config, load_config
 from shuntyard.exporter.model import all_weights
 from shuntyard.exporter.safetensors_header import Header, TensorEntry, read_header
-from shuntyard.exporter.strict_json import parse_json
+from shuntyard.exporter.strict_json import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -53,13 +53,7 @@ class Checkpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = parse_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check that you may read it") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map, or an empty one", hint="download it again")
     for name, file in weight_map.items():

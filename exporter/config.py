@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.strict_json import parse_json
+from shuntyard.exporter.strict_json import read_json
 
 Index = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
@@ -317,14 +317,4 @@ def _check_layer_types(layer_types: Any, config: Llama4Config, path: Path) -> No
 
 def load_config(path: Path) -> Llama4Config:
     """Reads and checks a ``config.json``; see :func:`parse_config` for what it raises."""
-    try:
-        raw = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file", hint="a checkpoint directory has a config.json") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check that you may read it") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object", hint="download it again")
-    return parse_config(raw, path)
+    return parse_config(read_json(path), path)

@@ -23,7 +23,7 @@ from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, match_weights, open_checkpoint
 from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
 from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
-from shuntyard.exporter.strict_json import parse_json
+from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite
 
 MODEL_NAME = "model.onnx"
@@ -157,16 +157,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         CheckpointError: it is missing or no JSON object.
     """
     path = directory / MANIFEST_NAME
-    try:
-        raw = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise CheckpointError(
             f"{directory}: has no {MANIFEST_NAME}", hint="give a directory that export or build wrote"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error}", hint="give a directory that export or build wrote"
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object", hint="give a directory that export or build wrote")
-    return raw
+        )
+    return read_json(path)

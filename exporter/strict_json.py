@@ -6,7 +6,10 @@ Python's parser takes the last of two equal keys, which another reader may not.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from shuntyard.errors import CheckpointError
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -36,3 +39,24 @@ def parse_json(text: bytes) -> Any:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is not there, cannot be read, or holds something else.
+    """
+    try:
+        raw = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path}: no such file", hint=f"a checkpoint directory has a {path.name}; download it"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="check that you may read it") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no valid JSON: {error}", hint="download it again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object", hint="download it again")
+    return raw

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuntyard.engines.engine import Engine, open_engine
+from shuntyard.engines.manifest import sha256_of
 from shuntyard.engines.text import Tokenizer
 from shuntyard.errors import EngineError
 from shuntyard.exporter.checkpoint import Checkpoint, match_weights, open_checkpoint
@@ -100,7 +101,8 @@ def _windows(tokens: list[int], engine: Engine, checkpoint: Checkpoint, plan: Pl
 
 def _note_what_is_not_exercised(report: Report, engine: Engine, checkpoint: Checkpoint, length: int) -> None:
     config = checkpoint.config
-    if engine.manifest.checkpoint_fingerprint != checkpoint.fingerprint:
+    shards = {header.file.name: sha256_of(header.file) for header in checkpoint.headers}
+    if engine.manifest.checkpoint_fingerprint != checkpoint.fingerprint or engine.manifest.checkpoint_sha256 != shards:
         report.notes.append("the engine was built from other files than the reference reads")
     if config.attention_chunk_size is not None and length <= config.attention_chunk_size:
         report.notes.append(

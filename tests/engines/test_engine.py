@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 from shuntyard.engines import Engine, open_engine
 from shuntyard.engines.build import Request, build
 from shuntyard.errors import CheckpointError, EngineError
-from tests.checkpoints import raw_config
+from shuntyard.exporter.export import export
+from tests.checkpoints import raw_config, write_checkpoint
 from tests.parity.reference import Reference, largest_difference
 from tests.tolerances import MODEL_MAX_ABS, ROUTER_MARGIN
 
@@ -172,10 +175,15 @@ def test_a_damaged_engine_is_refused(model_directory: Path, tmp_path: Path) -> N
     target = tmp_path / "engine"
     build(model_directory, target, Request(max_context=CONTEXT, copy=True))
     shard = next(target.glob("*.safetensors"))
-    data = bytearray(shard.read_bytes())
+    data, status = bytearray(shard.read_bytes()), shard.stat()
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    open_engine(target)  # touched, but the same
     data[-1] ^= 1
     shard.write_bytes(data)
-    open_engine(target)  # sizes fit
+    with pytest.raises(EngineError, match="has changed since the engine was built"):
+        open_engine(target)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    open_engine(target)  # somebody hides it: opening does not read all weights again, unless asked to
     with pytest.raises(EngineError, match="has changed since the engine was built"):
         open_engine(target, verify=True)
     shard.write_bytes(data[:-1])
@@ -184,6 +192,38 @@ def test_a_damaged_engine_is_refused(model_directory: Path, tmp_path: Path) -> N
     shard.unlink()
     with pytest.raises(EngineError, match="is missing from the engine"):
         open_engine(target)
+
+
+def test_writing_into_the_checkpoint_writes_into_the_engine_and_is_noticed(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", RAW)
+    export(checkpoint, tmp_path / "model")
+    build(tmp_path / "model", tmp_path / "engine", Request(max_context=CONTEXT))
+    with (checkpoint / "model.safetensors").open("rb+") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\0\0\0\0")
+    with pytest.raises(EngineError, match="has changed since the engine was built") as refused:
+        open_engine(tmp_path / "engine")
+    assert "somebody wrote into the checkpoint" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos_token_id": "two"}', "eos_token_id is 'two', must be a token id or a list of them"),
+        ('{"eos_token_id": [1, null]}', "must be a token id"),
+        ("{", "is no valid JSON"),
+    ],
+)
+def test_a_generation_config_that_makes_no_sense(
+    model_directory: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError) as refused:
+        build(model, tmp_path / "engine", Request(max_context=CONTEXT))
+    assert "generation_config.json" in refused.value.message
+    assert message in refused.value.message
 
 
 def test_what_is_no_engine_is_refused(model_directory: Path, checkpoint: Path, tmp_path: Path) -> None:
