@@ -77,7 +77,7 @@ def validate(
     report_line(f"decoding {decode} tokens")
     split = windows.shape[1] - decode
     decoded = engine.logits(windows[:1], decode_from=split)
-    _compare("decode", report, tolerance, expected[:1, split:], decoded[:, split:], windows[:1, split:])
+    _compare("decode", report, tolerance, expected[:1, split:], decoded[:, split:], windows[:1, split:], first=split)
     _compare_greedy(report, tolerance, engine, reference, windows[0, :split], decode)
     return report
 
@@ -122,13 +122,15 @@ def _compare(
     expected: NDArray[np.float32],
     actual: NDArray[np.float32],
     tokens: Tokens,
+    first: int = 0,
 ) -> None:
+    """Adds the checks of one part; its tokens are those of the windows from ``first`` on."""
     if not np.isfinite(actual).all():
         place = [int(i) for i in np.argwhere(~np.isfinite(actual))[0]]
         report.checks.append(Check(f"{part}: logits finite", "no", "all", False, f"first at {place}"))
         return
     error, place = metrics.worst(expected, actual)
-    where = f"window {place[0]}, token {place[1]}, word {place[2]}"
+    where = f"window {place[0]}, token {first + place[1]}, word {place[2]}"
     report.at_most(f"{part}: max abs error of logits", error, tolerance.max_abs, where)
     report.at_most(f"{part}: mean KL", max(0.0, float(metrics.kl(expected, actual).mean())), tolerance.mean_kl)
     report.at_least(f"{part}: top-1 agreement", metrics.top1_agreement(expected, actual), tolerance.top1)
