@@ -184,12 +184,15 @@ def validate(engine: Path, reference: Path, text: Path | None, windows: int, len
 
 def _print_report(report: Any) -> None:
     table = Table(title=f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}")
-    for column in ("check", "value", "bound", "", "where"):
+    for column in ("", "check", "value", "bound", "", "where"):
         table.add_column(column, overflow="fold")
     marks = {True: "[green]ok", False: "[bold red]FAIL", None: ""}
+    last = ""
     for check in report.checks:
+        part, name = check.name.split(": ", 1)
         value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
-        table.add_row(check.name, value, check.bound, marks[check.ok], check.detail)
+        table.add_row("" if part == last else part, name, value, check.bound, marks[check.ok], check.detail)
+        last = part
     _out.print(table)
     for note in report.notes:
         _out.print(f"note: {note}", markup=False)

@@ -118,7 +118,8 @@ def build_plan(
         layer_table.check_precision(layers, precision)
     except EngineError as error:
         raise EngineError(error.message, hint=f"{error.hint}; {_keep(log)}") from error
-    report.line(f"{len(layers)} layers in the plan, plugins {plugins or 'none'}")
+    found = ", ".join(f"{count} {name}" for name, count in plugins.items())
+    report.line(f"{len(layers)} layers in the plan, plugins: {found or 'none'}")
     return BuildFacts(
         backend_version=str(trt.__version__),
         target=target,

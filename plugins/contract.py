@@ -20,8 +20,9 @@ their tracks, couple them again in order.
     ``x [T, H]``, ``scores f32 [T*K]``, ``expert_offsets i32 [E+1]``, ``permutation i32 [T*K]``,
     ``gate_up [E, H, 2F]`` (gate first), ``down [E, F, H]`` -> ``rows [T*K, H]`` of x's type.
     Row ``i`` is ``SwiGLU_e(scores[i] * x[permutation[i] // K])``: the score scales the *input*
-    (transformers ``modeling_llama4.py``, ``Llama4TextMoe``). Products accumulate in fp32; values are rounded
-    to x's type after scaling, after gate and up, after ``silu(gate) * up`` and after down.
+    (transformers ``modeling_llama4.py``, ``Llama4TextMoe``). Weights of another type are rounded to x's. Products
+    accumulate in fp32; values are rounded to x's type after scaling, after gate and up, after ``silu(gate) * up``
+    and after down.
 
 ``ShuntyardMoeScatterAdd`` (couple)
     ``base [T, H]``, ``rows [T*K, H]``, ``permutation i32 [T*K]`` -> ``out [T, H]``.

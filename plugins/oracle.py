@@ -49,10 +49,10 @@ def moe_experts(
         own = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
         tokens = permutation[own] // top_k
         scaled = (x[tokens].astype(np.float32) * scores[own, None]).astype(dtype).astype(np.float32)
-        both = (scaled @ gate_up[e].astype(np.float32)).astype(dtype).astype(np.float32)
+        both = (scaled @ gate_up[e].astype(dtype).astype(np.float32)).astype(dtype).astype(np.float32)
         gate, up = np.split(both, 2, axis=1)
         hidden = (gate * _sigmoid(gate) * up).astype(dtype).astype(np.float32)
-        rows[own] = (hidden @ down[e].astype(np.float32)).astype(dtype)
+        rows[own] = (hidden @ down[e].astype(dtype).astype(np.float32)).astype(dtype)
     return rows
 
 

@@ -45,7 +45,7 @@ def test_validate_tells_by_its_exit_status(worded: Worded, tmp_path: Path) -> No
     result = shuntyard("validate", worded.engine, *arguments, "--json")
     report = json.loads(result.stdout)
     assert report["passed"] is True
-    assert report["checks"][0]["name"] == "prefill: max abs error of logits"
+    assert report["checks"][0]["name"] == "prefill: max abs error"
     config = json.loads((worded.checkpoint / "config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()

@@ -1,8 +1,8 @@
 // Symbolic shapes: how a plugin says what its outputs' extents are before it knows them.
 //
-// These classes are not versioned interfaces. TensorRT hands out an object with a pointer to its implementation, and the
-// methods that a plugin calls are inlined into the plugin: they call through that pointer. So the layout of the object
-// and the vtable of the implementation are both part of the binary interface.
+// These classes are not versioned interfaces. TensorRT hands out an object with a pointer to its implementation, and
+// the methods that a plugin calls are inlined into the plugin: they call through that pointer. So the layout of the
+// object and the vtable of the implementation are both part of the binary interface.
 #pragma once
 
 #include "abi/types.h"

@@ -1,10 +1,10 @@
 // The plain data types that cross the boundary between TensorRT and a V3 plugin library.
 //
 // TensorRT's own headers come with its SDK only, not with its Python packages, and a library that needs them cannot be
-// built from pip alone. What a plugin needs of them is a small, versioned binary interface; these headers declare it, in
-// our words, with the vendor's names because the names are part of the interface (RTTI compares them). abi/check/ holds
-// them to the vendor's headers wherever those can be found. Checked so against TensorRT 10.0.1, 10.3, 10.13, 10.16,
-// 11.0 and 11.1; TensorRT-RTX 1.7.1 loads and builds plugins made with them.
+// built from pip alone. What a plugin needs of them is a small, versioned binary interface; these headers declare it,
+// in our words, with the vendor's names because the names are part of the interface (RTTI compares them). abi/check/
+// holds them to the vendor's headers wherever those can be found. Checked so against the headers of every TensorRT
+// release from 10.0.1 to 11.1; TensorRT-RTX 1.7.1 loads and builds plugins made with them.
 #pragma once
 
 #include <cstddef>

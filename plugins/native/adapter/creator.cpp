@@ -51,8 +51,9 @@ std::string fields_problem(const PluginFieldCollection* fields, TensorRTPhase ph
             return wrong + "; the engine was not built with this plugin library";
         }
         if (*version != kFormatVersion) {
-            return "the engine holds format " + std::to_string(*version) + " of this plugin, this library reads format " +
-                   std::to_string(kFormatVersion) + ": rebuild the engine, or use the shuntyard it was built with";
+            return "the engine holds format " + std::to_string(*version) +
+                   " of this plugin, this library reads format " + std::to_string(kFormatVersion) +
+                   ": rebuild the engine, or use the shuntyard it was built with";
         }
     }
     const std::string wrong = take_integer(fields, "top_k", top_k);

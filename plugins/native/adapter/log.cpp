@@ -50,8 +50,9 @@ FinderKind finder_kind(void* finder) {
     return FinderKind::kNone;
 }
 
-std::atomic<void*> logger_finder{nullptr};
-std::atomic<FinderKind> logger_finder_kind{FinderKind::kNone};
+// One for each layout, so that a pointer can never be read together with the other's kind.
+std::atomic<void*> finder_of_tensorrt10{nullptr};
+std::atomic<void*> finder_of_tensorrt11{nullptr};
 
 template <typename Finder, typename Logger>
 bool log_through(void* finder, Severity severity, const char* message) {
@@ -64,13 +65,11 @@ bool log_through(void* finder, Severity severity, const char* message) {
 }
 
 bool log_to_tensorrt(Severity severity, const char* message) {
-    void* finder = logger_finder.load();
-    switch (logger_finder_kind.load()) {
-        case FinderKind::kTensorRT10:
-            return log_through<nvinfer1::ILoggerFinder, nvinfer1::ILogger>(finder, severity, message);
-        case FinderKind::kTensorRT11:
-            return log_through<nvinfer1::v_1_0::ILoggerFinder, nvinfer1::v_1_0::ILogger>(finder, severity, message);
-        case FinderKind::kNone: break;
+    if (void* finder = finder_of_tensorrt11.load()) {
+        return log_through<nvinfer1::v_1_0::ILoggerFinder, nvinfer1::v_1_0::ILogger>(finder, severity, message);
+    }
+    if (void* finder = finder_of_tensorrt10.load()) {
+        return log_through<nvinfer1::ILoggerFinder, nvinfer1::ILogger>(finder, severity, message);
     }
     return false;
 }
@@ -78,9 +77,9 @@ bool log_to_tensorrt(Severity severity, const char* message) {
 }  // namespace
 
 void set_logger_finder(void* finder) {
-    logger_finder_kind.store(FinderKind::kNone);
-    logger_finder.store(finder);
-    logger_finder_kind.store(finder_kind(finder));
+    const FinderKind kind = finder_kind(finder);
+    finder_of_tensorrt10.store(kind == FinderKind::kTensorRT10 ? finder : nullptr);
+    finder_of_tensorrt11.store(kind == FinderKind::kTensorRT11 ? finder : nullptr);
 }
 
 void log(Severity severity, const std::string& message) noexcept {

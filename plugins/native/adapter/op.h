@@ -17,13 +17,13 @@ constexpr int64_t kUnknown = -1;  // an extent that is not known yet, as in nvin
 
 // The extents of contract.py's legend, and those that follow from them.
 enum class Extent : int {
-    kTokens,            // T
-    kExperts,           // E
-    kHidden,            // H
-    kIntermediate,      // F
-    kRows,              // T * K
-    kOffsets,           // E + 1
-    kTwiceIntermediate, // 2F
+    kTokens,             // T
+    kExperts,            // E
+    kHidden,             // H
+    kIntermediate,       // F
+    kRows,               // T * K
+    kOffsets,            // E + 1
+    kTwiceIntermediate,  // 2F
 };
 constexpr int kExtents = 7;
 

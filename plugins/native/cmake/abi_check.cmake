@@ -8,7 +8,12 @@ if(TENSORRT_INCLUDE_DIR AND NOT EXISTS ${TENSORRT_INCLUDE_DIR}/NvInferRuntime.h)
   message(FATAL_ERROR "TENSORRT_INCLUDE_DIR is ${TENSORRT_INCLUDE_DIR}, but NvInferRuntime.h is not there")
 endif()
 
+set(nv_infer_v3 "")
 if(nv_infer_dir)
+  file(STRINGS ${nv_infer_dir}/NvInferRuntime.h nv_infer_v3 REGEX "class IPluginV3OneBuild" LIMIT_COUNT 1)
+endif()
+
+if(nv_infer_v3)
   message(STATUS "shuntyard plugins: the plugin interface is checked against ${nv_infer_dir}")
   set(check ${CMAKE_CURRENT_SOURCE_DIR}/abi/check)
   add_executable(shuntyard_abi_ours ${check}/probe.cpp)
@@ -21,6 +26,9 @@ if(nv_infer_dir)
       -P ${CMAKE_CURRENT_SOURCE_DIR}/cmake/compare.cmake
     VERBATIM)
   add_dependencies(shuntyard_abi_check shuntyard_abi_ours shuntyard_abi_theirs)
+elseif(nv_infer_dir)
+  # TensorRT 8 and 9, which many a machine still has: nothing to compare with, and no reason to fail an installation.
+  message(STATUS "shuntyard plugins: ${nv_infer_dir} has no V3 plugins, the plugin interface is not checked against it")
 else()
   message(STATUS "shuntyard plugins: no TensorRT headers found, the plugin interface is not checked against them")
 endif()

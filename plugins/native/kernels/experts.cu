@@ -19,13 +19,11 @@ constexpr int kTileRows = 8;
 struct Tile {
     int32_t expert;
     int32_t rows;
-    bool orphan;  // the offsets give the block's row to no expert
+    bool orphan;  // the offsets give the block's row to no expert, or to a tile that nobody leads
 };
 
-// Finds the expert that owns `row`, by bisection: the last whose offset is not above it. Tiles start at every
-// kTileRows-th row of an expert. The device alone knows how many there are, so the host starts a block for every row,
-// and those that do not lead a tile return at once.
-__device__ inline Tile tile_of(int64_t row, const int32_t* expert_offsets, int32_t experts, int64_t all_rows) {
+// The expert that owns `row`, by bisection: the last whose offset is not above it.
+__device__ inline int32_t expert_of(int64_t row, const int32_t* expert_offsets, int32_t experts) {
     int32_t low = 0;
     int32_t high = experts - 1;
     while (low < high) {
@@ -36,15 +34,24 @@ __device__ inline Tile tile_of(int64_t row, const int32_t* expert_offsets, int32
             high = middle - 1;
         }
     }
-    const int64_t first = expert_offsets[low];
-    const int64_t end = expert_offsets[low + 1] < all_rows ? expert_offsets[low + 1] : all_rows;
+    return low;
+}
+
+// Tiles start at every kTileRows-th row of an expert. The device alone knows how many there are, so the host starts a
+// block for every row, and those that do not lead a tile return at once.
+__device__ inline Tile tile_of(int64_t row, const int32_t* expert_offsets, int32_t experts, int64_t all_rows) {
+    const int32_t expert = expert_of(row, expert_offsets, experts);
+    const int64_t first = expert_offsets[expert] > 0 ? expert_offsets[expert] : 0;
+    const int64_t end = expert_offsets[expert + 1] < all_rows ? expert_offsets[expert + 1] : all_rows;
     if (row < first || row >= end) {
         return {0, 0, true};
     }
-    if ((row - first) % kTileRows != 0) {
-        return {low, 0, false};
+    const int64_t leader = row - (row - first) % kTileRows;
+    if (leader != row) {
+        // Where broken offsets do not rise, the leader may find another expert and leave this row out of its tile.
+        return {expert, 0, expert_of(leader, expert_offsets, experts) != expert};
     }
-    return {low, static_cast<int32_t>(end - row < kTileRows ? end - row : kTileRows), false};
+    return {expert, static_cast<int32_t>(end - row < kTileRows ? end - row : kTileRows), false};
 }
 
 __device__ inline int64_t column_of_thread() { return int64_t{blockIdx.y} * blockDim.x + threadIdx.x; }
@@ -80,8 +87,8 @@ struct GateAndUp {
         float up[Rows] = {};
         const X* values = scaled + first * hidden;
         for (int64_t h = 0; h < hidden; ++h) {
-            const float gate_weight = to_float(weights[h * 2 * intermediate + column]);
-            const float up_weight = to_float(weights[h * 2 * intermediate + intermediate + column]);
+            const float gate_weight = rounded_to<X>(to_float(weights[h * 2 * intermediate + column]));
+            const float up_weight = rounded_to<X>(to_float(weights[h * 2 * intermediate + intermediate + column]));
             for (int r = 0; r < Rows; ++r) {
                 const float value = to_float(values[r * hidden + h]);
                 gate[r] += value * gate_weight;
@@ -109,7 +116,7 @@ struct Down {
         float sum[Rows] = {};
         const X* values = activated + first * intermediate;
         for (int64_t f = 0; f < intermediate; ++f) {
-            const float weight = to_float(weights[f * hidden + column]);
+            const float weight = rounded_to<X>(to_float(weights[f * hidden + column]));
             for (int r = 0; r < Rows; ++r) {
                 sum[r] += to_float(values[r * intermediate + f]) * weight;
             }
@@ -153,8 +160,8 @@ __global__ void swiglu(const X* scaled, const int32_t* expert_offsets, const W* 
         return;
     }
     const W* weights = gate_up + int64_t{tile.expert} * hidden * 2 * intermediate;
-    const GateAndUp<X, W> product{
-        scaled + row * hidden, weights, activated + row * intermediate, hidden, intermediate, column};
+    const GateAndUp<X, W> product{scaled + row * hidden, weights, activated + row * intermediate, hidden,
+                                  intermediate,          column};
     compute_tile(product, tile.rows);
 }
 
@@ -172,8 +179,7 @@ __global__ void project(const X* activated, const int32_t* expert_offsets, const
         return;
     }
     const W* weights = down + int64_t{tile.expert} * intermediate * hidden;
-    const Down<X, W> product{
-        activated + row * intermediate, weights, out + row * hidden, hidden, intermediate, column};
+    const Down<X, W> product{activated + row * intermediate, weights, out + row * hidden, hidden, intermediate, column};
     compute_tile(product, tile.rows);
 }
 
@@ -243,7 +249,8 @@ int shuntyard_moe_experts(int x_type, int weight_type, const void* x, const floa
                           const int32_t* expert_offsets, const int32_t* permutation, const void* gate_up,
                           const void* down, void* rows, int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,
                           int64_t intermediate, void* workspace, size_t workspace_size, void* stream) {
-    if (!valid(tokens, top_k, hidden, intermediate) || experts < 1 || experts >= INT_MAX || top_k > experts) {
+    if (!valid(tokens, top_k, hidden, intermediate) || experts < 1 || experts >= INT_MAX || top_k > experts ||
+        !valid_type(x_type) || !valid_type(weight_type)) {
         return SHUNTYARD_INVALID_ARGUMENT;
     }
     if (workspace_size < shuntyard_moe_experts_workspace(x_type, tokens, top_k, hidden, intermediate)) {
@@ -252,8 +259,8 @@ int shuntyard_moe_experts(int x_type, int weight_type, const void* x, const floa
     if (tokens == 0) {
         return SHUNTYARD_OK;
     }
-    const Call call{x,    scores,         expert_offsets, permutation, gate_up, down,         rows,
-                    tokens * top_k, experts,        top_k,       hidden,  intermediate, workspace, stream};
+    const Call call{x,       scores, expert_offsets, permutation,  gate_up,   down,  rows, tokens * top_k,
+                    experts, top_k,  hidden,         intermediate, workspace, stream};
     switch (x_type) {
         case SHUNTYARD_FP32: return run_for_weights<float>(weight_type, call);
         case SHUNTYARD_FP16: return run_for_weights<Half>(weight_type, call);

@@ -37,12 +37,12 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, A
 #endif
 
 // Returns from the calling function if `expression` is a status other than success.
-#define SHUNTYARD_TRY(expression)                      \
-    do {                                               \
-        const int shuntyard_status_ = (expression);    \
-        if (shuntyard_status_ != SHUNTYARD_OK) {       \
-            return shuntyard_status_;                  \
-        }                                              \
+#define SHUNTYARD_TRY(expression)                   \
+    do {                                            \
+        const int shuntyard_status_ = (expression); \
+        if (shuntyard_status_ != SHUNTYARD_OK) {    \
+            return shuntyard_status_;               \
+        }                                           \
     } while (false)
 
 namespace shuntyard {
@@ -67,5 +67,7 @@ inline bool valid_rows(int64_t tokens, int64_t top_k) {
 }
 
 inline bool valid_columns(int64_t columns) { return columns >= 1 && ceil_div(columns, kBlock) <= kMaxBlocksY; }
+
+inline bool valid_type(int type) { return type == SHUNTYARD_FP32 || type == SHUNTYARD_FP16 || type == SHUNTYARD_BF16; }
 
 }  // namespace shuntyard

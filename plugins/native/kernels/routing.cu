@@ -75,7 +75,8 @@ __global__ void add_up(const int32_t* counts, int32_t* totals, int64_t chunks, i
 }
 
 // One thread an expert, and one for the end: its offset, and the first row of each of its chunks in place of the count.
-__global__ void start(const int32_t* totals, int32_t* counts, int32_t* expert_offsets, int64_t chunks, int32_t experts) {
+__global__ void start(const int32_t* totals, int32_t* counts, int32_t* expert_offsets, int64_t chunks,
+                      int32_t experts) {
     const int64_t expert = thread_number();
     if (expert > experts) {
         return;

@@ -72,7 +72,7 @@ size_t shuntyard_moe_scatter_add_workspace(int64_t tokens, int64_t top_k) {
 int shuntyard_moe_scatter_add(int type, const void* base, const void* rows, const int32_t* permutation, void* out,
                               int64_t tokens, int64_t top_k, int64_t hidden, void* workspace, size_t workspace_size,
                               void* stream) {
-    if (!valid_rows(tokens, top_k) || !valid_columns(hidden)) {
+    if (!valid_rows(tokens, top_k) || !valid_columns(hidden) || !valid_type(type)) {
         return SHUNTYARD_INVALID_ARGUMENT;
     }
     if (workspace_size < shuntyard_moe_scatter_add_workspace(tokens, top_k)) {

@@ -10,12 +10,12 @@
 #include "abi/logging.h"
 #include "abi/plugin.h"
 
-#define CHECK(condition)                                                               \
-    do {                                                                               \
-        if (!(condition)) {                                                            \
-            std::printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition);         \
-            std::exit(1);                                                              \
-        }                                                                              \
+#define CHECK(condition)                                                       \
+    do {                                                                       \
+        if (!(condition)) {                                                    \
+            std::printf("FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(1);                                                      \
+        }                                                                      \
     } while (false)
 
 inline std::string logged;  // all that the plugins have said so far

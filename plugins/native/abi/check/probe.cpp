@@ -1,5 +1,6 @@
-// Prints what the binary interface of V3 plugins is: enum values, sizes and offsets, RTTI names, and the vtable slot and
-// signature of every method. Compiled against our headers and against TensorRT's; the lines must be the same.
+// Prints what the binary interface of V3 plugins is: enum values, sizes and offsets, RTTI names, what interfaces call
+// themselves, and the vtable slot and signature of every method. Compiled against our headers and against TensorRT's;
+// the lines must be the same.
 //
 // The logger exists in two forms (see abi/logging.h). Our build prints both, marked "optional": TensorRT's headers of
 // any one version have one of them.
@@ -42,12 +43,29 @@ long offset_of(Member member) {
 
 #define TYPE(type) std::printf("%stype %s: %zu bytes, RTTI %s\n", prefix, #type, sizeof(type), typeid(type).name())
 #define VALUE(enumerator) std::printf("%svalue %s: %ld\n", prefix, #enumerator, static_cast<long>(enumerator))
-#define FIELD(type, member)                                                                                     \
+#define FIELD(type, member)                                                                                \
     std::printf("%sfield %s::%s: offset %zu, %zu bytes\n", prefix, #type, #member, offsetof(type, member), \
                 sizeof(type::member))
-#define SLOT(type, method)                                                                                    \
+#define SLOT(type, method)                                                                            \
     std::printf("%sslot %s::%s: %ld, signature %s\n", prefix, #type, #method, slot_of(&type::method), \
                 typeid(&type::method).name())
+
+// One method more than an interface has: its slot is the interface's number of slots. A method that TensorRT appends is
+// in none of the lines above, and would be called where our vtable has ended.
+template <typename Interface>
+struct Extended : Interface {
+    virtual void next() = 0;
+};
+#define END(type) std::printf("%send %s: slot %ld\n", prefix, #type, slot_of(&Extended<type>::next))
+
+// The kind and version by which TensorRT knows an interface. The classes are abstract and this method looks at no
+// member, so it is called, not virtually, on memory that holds no object.
+#define INFO(type)                                                                                  \
+    do {                                                                                            \
+        alignas(type) static char memory[sizeof(type)];                                             \
+        const InterfaceInfo info = reinterpret_cast<const type*>(memory)->type::getInterfaceInfo(); \
+        std::printf("%sinfo %s: %s %d.%d\n", prefix, #type, info.kind, info.major, info.minor);     \
+    } while (false)
 
 void data_types() {
     VALUE(DataType::kFLOAT);
@@ -140,11 +158,15 @@ void plugin_interfaces() {
     SLOT(IPluginV3, getInterfaceInfo);
     SLOT(IPluginV3, getCapabilityInterface);
     SLOT(IPluginV3, clone);
+    END(IPluginV3);
+    INFO(IPluginV3);
     TYPE(v_1_0::IPluginV3OneCore);
     SLOT(v_1_0::IPluginV3OneCore, getInterfaceInfo);
     SLOT(v_1_0::IPluginV3OneCore, getPluginName);
     SLOT(v_1_0::IPluginV3OneCore, getPluginVersion);
     SLOT(v_1_0::IPluginV3OneCore, getPluginNamespace);
+    END(v_1_0::IPluginV3OneCore);
+    INFO(v_1_0::IPluginV3OneCore);
     TYPE(v_1_0::IPluginV3OneBuild);
     SLOT(v_1_0::IPluginV3OneBuild, getInterfaceInfo);
     SLOT(v_1_0::IPluginV3OneBuild, configurePlugin);
@@ -158,6 +180,8 @@ void plugin_interfaces() {
     SLOT(v_1_0::IPluginV3OneBuild, getTimingCacheID);
     SLOT(v_1_0::IPluginV3OneBuild, getFormatCombinationLimit);
     SLOT(v_1_0::IPluginV3OneBuild, getMetadataString);
+    END(v_1_0::IPluginV3OneBuild);
+    INFO(v_1_0::IPluginV3OneBuild);
     TYPE(v_1_0::IPluginV3OneRuntime);
     SLOT(v_1_0::IPluginV3OneRuntime, getInterfaceInfo);
     SLOT(v_1_0::IPluginV3OneRuntime, setTactic);
@@ -165,6 +189,8 @@ void plugin_interfaces() {
     SLOT(v_1_0::IPluginV3OneRuntime, enqueue);
     SLOT(v_1_0::IPluginV3OneRuntime, attachToContext);
     SLOT(v_1_0::IPluginV3OneRuntime, getFieldsToSerialize);
+    END(v_1_0::IPluginV3OneRuntime);
+    INFO(v_1_0::IPluginV3OneRuntime);
     TYPE(IPluginCreatorInterface);
     SLOT(IPluginCreatorInterface, getInterfaceInfo);
     TYPE(IPluginCreatorV3One);
@@ -174,6 +200,8 @@ void plugin_interfaces() {
     SLOT(IPluginCreatorV3One, getPluginName);
     SLOT(IPluginCreatorV3One, getPluginVersion);
     SLOT(IPluginCreatorV3One, getPluginNamespace);
+    END(IPluginCreatorV3One);
+    INFO(IPluginCreatorV3One);
 }
 
 // Only a derived class may name the protected pointer to the implementation.
