@@ -88,7 +88,7 @@ def run_demo(out: Path, reporter: Reporter) -> DemoResult:
     result = DemoResult(report)
     for name, manifest in (("engine", portable), ("engine-sm89", rtx)):
         if manifest is not None:
-            plugins = ", ".join(f"{count} {plugin}" for plugin, count in manifest.plugins.items())
+            plugins = "\n".join(f"{count} {plugin}" for plugin, count in manifest.plugins.items())
             row = (str(out / name), manifest.target, manifest.dtype, plugins or "none: function bodies, routed")
             result.engines.append(row)
     if rtx is None:

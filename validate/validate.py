@@ -130,7 +130,7 @@ def _compare(
         report.checks.append(Check(f"{part}: logits finite", "no", "all", False, f"first at {place}"))
         return
     error, place = metrics.worst(expected, actual)
-    where = f"window {place[0]}, token {first + place[1]}, word {place[2]}"
+    where = f"window {place[0]}, token {first + place[1]}, logit {place[2]}"
     report.at_most(f"{part}: max abs error", error, tolerance.max_abs, where)
     report.at_most(f"{part}: mean KL", max(0.0, float(metrics.kl(expected, actual).mean())), tolerance.mean_kl)
     report.at_least(f"{part}: top-1 agreement", metrics.top1_agreement(expected, actual), tolerance.top1)
@@ -140,7 +140,7 @@ def _compare(
         perplexities.append(float(np.exp(np.mean(losses))))
     theirs, ours = perplexities
     report.at_most(
-        f"{part}: perplexity",
+        f"{part}: perplexity, relative",
         abs(ours / theirs - 1),
         tolerance.perplexity,
         f"engine {ours:.4f}, reference {theirs:.4f}",

@@ -33,14 +33,14 @@ def test_a_sound_engine_passes(worded: Worded) -> None:
     names = [check.name for check in report.checks]
     for part in ("prefill", "decode"):
         assert f"{part}: max abs error" in names
-        assert f"{part}: perplexity" in names
+        assert f"{part}: perplexity, relative" in names
     assert names[-1] == "greedy: 20 tokens equal"
     assert all(check.ok for check in report.checks)
 
 
 def test_both_perplexities_are_the_text_s(worded: Worded) -> None:
     report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
-    (check,) = [c for c in report.checks if c.name == "prefill: perplexity"]
+    (check,) = [c for c in report.checks if c.name == "prefill: perplexity, relative"]
     reference = Reference(worded.checkpoint)
     ids = [1, *(int(word[1:]) for word in TEXT.split())]
     losses = []
