@@ -19,7 +19,7 @@ from tests.parity.reference import Reference, largest_difference
 from tests.tolerances import MODEL_MAX_ABS, ROUTER_MARGIN
 
 
-@settings(max_examples=4)
+@settings(max_examples=8)
 @given(cases())
 def test_parity(case: Case) -> None:
     config = parsed(case.raw)
