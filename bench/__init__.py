@@ -1,0 +1,1 @@
+"""Measurements: each script states in its first lines what it compares."""
