@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,14 +58,17 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except ShuntyardError as error:
             if ctx.params.get("debug"):
-                raise
+                traceback.print_exc()
             _err.print(f"error: {_one_line(error.message)}", style="bold red", markup=False, soft_wrap=True)
             if error.hint:
                 _err.print(f"hint: {_one_line(error.hint)}", markup=False, soft_wrap=True)
             ctx.exit(EXIT_REFUSED)
         except KeyboardInterrupt:
             _err.print("interrupted")
-            ctx.exit(EXIT_INTERRUPTED)
+            sys.stdout.flush()
+            # An interrupt that passes through exec() marks the process (CPython's unhandled_keyboard_interrupt), which
+            # then kills itself at its end, though the interrupt was handled. All is tidied up: every block was left.
+            os._exit(EXIT_INTERRUPTED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,7 +110,7 @@ def _progress() -> Iterator[Any]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_err, transient=True) as bars:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(phase: str, done: int, total: int) -> None:

@@ -88,6 +88,10 @@ def open_model(path: Path) -> Opened:
         EngineError: it is no model directory, or was changed since the export.
         CheckpointError: its shards are broken.
     """
+    if not (path / MANIFEST_NAME).exists() and (path / "config.json").exists():
+        raise EngineError(
+            f"{path}: is a checkpoint, not a model directory", hint=f"shuntyard export {path} OUT makes one"
+        )
     raw = read_manifest(path)
     if raw.get("kind") != "model":
         raise EngineError(f"{path}: is not a model directory", hint="shuntyard export CKPT OUT makes one")
@@ -137,6 +141,10 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
     """
     report = report or Reporter()
     _check_request(request)
+    if request.backend != "onnxruntime":
+        from shuntyard.engines.tensorrt_build import check_backend
+
+        check_backend(request)  # before anything large is read
     opened = open_model(model_path)
     dtype = request.dtype or opened.manifest.dtype
     if request.backend == "onnxruntime" and dtype == "bf16":

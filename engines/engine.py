@@ -177,8 +177,8 @@ class _Batch:
         limits, longest = self._engine.manifest.limits, self.sorted_lengths[0]
         if longest + extra > limits.max_context:
             raise EngineError(
-                f"{longest} tokens and {extra} to come exceed the engine's context of {limits.max_context}",
-                hint="build with a larger --max-context",
+                f"{longest} tokens and {extra} after them exceed the engine's context of {limits.max_context}",
+                hint="ask for less, or build with a larger --max-context (the model's own is the largest)",
             )
         self._engine._runner.start(len(self.order), longest + extra)
         begin = 0

@@ -69,14 +69,24 @@ def target_of(backend: str, gpu: str | None) -> str:
     return here
 
 
+def check_backend(request: Request) -> tuple[Any, str]:
+    """The backend's module and the GPU to build for.
+
+    Raises:
+        UnsupportedError: the backend cannot build for it on this machine.
+        EngineError: the backend is not installed.
+    """
+    target = target_of(request.backend, request.gpu)
+    return import_tensorrt(request.backend), target
+
+
 def build_plan(
     opened: Opened, directory: Path, request: Request, dtype: str, limits: Limits, report: Reporter
 ) -> BuildFacts:
     """Builds ``engine.plan`` from the lowered model in ``opened``; see ``build`` for what it raises."""
     from shuntyard.engines.build import BuildFacts
 
-    target = target_of(request.backend, request.gpu)
-    trt = import_tensorrt(request.backend)
+    trt, target = check_backend(request)
     # Before the function bodies are gone, expected_plugins would count the same: calls, not bodies.
     expected = layer_table.expected_plugins(opened.model)
     precision = layer_table.expected_precision(opened.model, dtype)

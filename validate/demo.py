@@ -84,7 +84,7 @@ def run_demo(out: Path, reporter: Reporter) -> DemoResult:
             rtx = build(directory / "model", directory / "engine-sm89", request, reporter)
         line("validate against transformers")
         report = validate(directory / "engine", checkpoint, held_out_text(), report_line=line)
-    report.engine = str(out / "engine")
+    report.engine, report.reference = str(out / "engine"), "the miniature checkpoint"
     result = DemoResult(report)
     for name, manifest in (("engine", portable), ("engine-sm89", rtx)):
         if manifest is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,29 @@ import torch
 from numpy.typing import NDArray
 
 from shuntyard.errors import CheckpointError, EngineError
+from shuntyard.exporter.config import load_config
+
+LARGEST_FREQUENCY_ERROR = 2e-6
+"""transformers' frequencies are float32: so much may they be off, relatively, and no more."""
+
+
+def exact_rotation(frequencies: NDArray[np.float64]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """transformers' ``Llama4TextRotaryEmbedding.forward`` with float64 angles: places ``[B, S]`` -> complex ``[B, S, D/2]``.
+
+    In float32 an angle is off by up to ``2**-24`` of the position, and the reference drifts away from what it defines:
+    by more than the tolerance of fp32 after some hundred tokens, entirely at a context of millions.
+    """
+    wide = torch.from_numpy(frequencies)
+
+    def forward(_x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        angles = position_ids[:, :, None].double() * wide
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+    return forward
 
 
 class Reference:
-    """transformers' ``Llama4ForCausalLM`` with eager attention."""
+    """transformers' ``Llama4ForCausalLM`` with eager attention, and rotary angles in float64."""
 
     def __init__(self, checkpoint: Path) -> None:
         try:
@@ -48,6 +67,16 @@ class Reference:
                     f"{checkpoint}: transformers reports {what.replace('_', ' ')}: {names[0]} (of {len(names)})",
                     hint="a reference with uninitialised or ignored weights proves nothing",
                 )
+        config = load_config(checkpoint / "config.json")
+        rotary = model.model.rotary_emb
+        exact = config.rope.inverse_frequencies(config.head_dim)
+        off = np.abs(rotary.inv_freq.double().numpy() / exact - 1).max()
+        if off > LARGEST_FREQUENCY_ERROR or rotary.attention_scaling != 1.0:
+            raise CheckpointError(
+                f"{checkpoint}: transformers' rotary frequencies are not shuntyard's: {off:.2g} apart",
+                hint="check rope_parameters / rope_scaling; if they are right, this is a defect of one of the two",
+            )
+        rotary.forward = exact_rotation(exact)
         self._model: Any = model.eval()
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -32,18 +32,19 @@ TOLERANCES = {
         top1=0.999,
         perplexity=1e-5,
         tie=1e-4,
-        reason="the same arithmetic in another order of summation: correct engines are within 5e-6, "
-        "the mildest of the known mistakes is off by 2.3",
+        reason="the same arithmetic in another order of summation: the miniature's engine is within 3e-5 (KL 2e-12) at "
+        "224 and at 1024 tokens; the mildest of the known mistakes is off by 2.3 (KL 8e-4)",
     ),
     "fp16": Tolerance(
         max_abs=None,
-        mean_kl=1e-3,
+        mean_kl=2e-3,
         top1=0.98,
-        perplexity=2e-3,
+        perplexity=1e-2,
         tie=5e-2,
-        reason="11 bits of mantissa; near ties in the router flip experts, so no single logit is bounded. A correct "
-        "fp16 model was within KL 9e-6 and top-1 .993; the mildest mistakes (rope scaling, temperature) reach KL 8e-4 "
-        "with top-1 .980 and KL 5e-3 with .920, so this format alone cannot rule out a mistake in rope scaling",
+        reason="11 bits of mantissa; near ties in the router flip experts, so no single logit is bounded (the miniature's "
+        "are up to 3.5 off). Over 32 windows of 224 tokens its KL is 8e-5, in the worst window 7e-4 with a perplexity "
+        "off by 5e-3, and 1.6e-3 in the worst 96 tokens seen. Of the mildest mistakes, temperature has KL 5e-3 and rope "
+        "scaling 8e-4: this format alone cannot rule out a mistake in rope scaling, an fp32 engine can",
     ),
     "bf16": Tolerance(
         max_abs=None,
@@ -56,4 +57,5 @@ TOLERANCES = {
         "reference too",
     ),
 }
-"""Figures: a miniature Llama 4 of 14.8M parameters, transformers against Meta's code and planted mistakes."""
+"""Figures of mistakes: a miniature of 14.8M random parameters, 100 tokens, transformers with planted mistakes. bf16 is
+not bounded by measurements on an engine yet: none has run on a GPU."""

@@ -66,6 +66,10 @@ def validate(
         str(engine_path), str(checkpoint_path), engine.manifest.backend, engine.manifest.dtype, int(windows.size)
     )
     _note_what_is_not_exercised(report, engine, checkpoint, windows.shape[1])
+    if plan.length is not None and windows.shape[1] < plan.length:
+        report.notes.append(f"windows are {windows.shape[1]} tokens, the engine's context, not {plan.length}")
+    if len(windows) < plan.windows:
+        report.notes.append(f"the text holds {len(windows)} such windows, not {plan.windows}")
     reference = Reference(checkpoint_path)
     report_line(f"{len(windows)} windows of {windows.shape[1]} tokens")
     expected = np.concatenate([reference.logits(window[None]) for window in windows])
@@ -76,8 +80,8 @@ def validate(
     _compare("prefill", report, tolerance, expected, prefilled, windows)
     report_line(f"decoding {decode} tokens")
     split = windows.shape[1] - decode
-    decoded = engine.logits(windows[:1], decode_from=split)
-    _compare("decode", report, tolerance, expected[:1, split:], decoded[:, split:], windows[:1, split:], first=split)
+    decoded = engine.logits(batches[0], decode_from=split)[:, split:]
+    _compare("decode", report, tolerance, expected[:size, split:], decoded, batches[0][:, split:], first=split)
     _compare_greedy(report, tolerance, engine, reference, windows[0, :split], decode)
     return report
 

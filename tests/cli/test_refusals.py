@@ -262,9 +262,12 @@ def test_bf16_on_the_cpu(model_directory: Path, tmp_path: Path) -> None:
     refused(shuntyard("build", model_directory, tmp_path / "engine", "--dtype", "bf16"), "cannot compute in bf16")
 
 
-def test_directories_of_the_wrong_kind(model_directory: Path, engine_directory: Path, tmp_path: Path) -> None:
+def test_directories_of_the_wrong_kind(
+    checkpoint: Path, model_directory: Path, engine_directory: Path, tmp_path: Path
+) -> None:
     refused(shuntyard("run", model_directory, "--prompt", "x"), "is a model directory, not an engine")
     refused(shuntyard("build", engine_directory, tmp_path / "out"), "is not a model directory")
+    refused(shuntyard("build", checkpoint, tmp_path / "out"), "is a checkpoint, not a model directory")
 
 
 def test_files_that_cannot_be_read(own: Path, tmp_path: Path) -> None:
@@ -274,9 +277,11 @@ def test_files_that_cannot_be_read(own: Path, tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["--debug", "export", str(tmp_path / "nowhere"), str(tmp_path / "out")])
-    assert result.exception is not None
-    assert "no such directory" in str(result.exception)
+    result = shuntyard("--debug", "export", tmp_path / "nowhere", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "Traceback" in result.stderr
+    assert "CheckpointError" in result.stderr
+    assert result.stderr.splitlines()[-2].startswith("error: ")
 
 
 def test_usage_errors_are_clicks(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "outside": ({"tokens": [[1, 64]]}, "token 64 at [0, 1] is not in the vocabulary of 64"),
     "negative": ({"tokens": [[-1, 2]]}, "token -1 at [0, 0] is not in the vocabulary of 64"),
     "too many sequences": ({"tokens": [[1]] * 9}, "a batch of 9 is larger than the engine's 8"),
-    "too long": ({"tokens": [[1] * 41]}, "41 tokens and 0 to come exceed the engine's context of 40"),
+    "too long": ({"tokens": [[1] * 41]}, "41 tokens and 0 after them exceed the engine's context of 40"),
     "lengths of another batch": ({"tokens": [[1, 2]], "lengths": [1, 2]}, "must be 1 numbers in 1..2"),
     "length zero": ({"tokens": [[1, 2]], "lengths": [0]}, "must be 1 numbers in 1..2"),
     "length beyond": ({"tokens": [[1, 2]], "lengths": [3]}, "must be 1 numbers in 1..2"),
@@ -150,7 +150,7 @@ def test_wrong_calls_are_refused(engine: Engine, name: str) -> None:
 
 def test_generation_beyond_the_context_is_refused(engine: Engine) -> None:
     assert engine.generate([[1] * 30], 11, stop=[]).shape == (1, 11)  # the last new token needs no place
-    with pytest.raises(EngineError, match="30 tokens and 11 to come exceed the engine's context of 40"):
+    with pytest.raises(EngineError, match="30 tokens and 11 after them exceed the engine's context of 40"):
         engine.generate([[1] * 30], 12)
     with pytest.raises(EngineError, match="must not be negative"):
         engine.generate([[1]], -1)

@@ -91,7 +91,7 @@ def test_an_fp16_engine_is_judged_by_fp16_s_tolerances(worded: Worded, tmp_path:
     report = validate(engine_of(tmp_path, {}, weights, dtype="fp16"), worded.checkpoint, TEXT, PLAN)
     by_name = {check.name: check for check in report.checks}
     assert by_name["prefill: max abs error"].ok is None
-    assert by_name["prefill: mean KL"].bound == "<= 0.001"
+    assert by_name["prefill: mean KL"].bound == "<= 0.002"
 
 
 def test_logits_that_are_not_finite_fail(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:

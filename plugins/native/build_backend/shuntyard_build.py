@@ -77,18 +77,22 @@ def get_requires_for_build_editable(config_settings: Settings = None) -> list[st
 
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Settings = None) -> str:
-    return scikit_build.prepare_metadata_for_build_wheel(metadata_directory, _with_pip_nvcc(config_settings))
+    name: str = scikit_build.prepare_metadata_for_build_wheel(metadata_directory, _with_pip_nvcc(config_settings))
+    return name
 
 
 def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Settings = None) -> str:
-    return scikit_build.prepare_metadata_for_build_editable(metadata_directory, _with_pip_nvcc(config_settings))
+    name: str = scikit_build.prepare_metadata_for_build_editable(metadata_directory, _with_pip_nvcc(config_settings))
+    return name
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
-    return scikit_build.build_wheel(wheel_directory, _with_pip_nvcc(config_settings), metadata_directory)
+    name: str = scikit_build.build_wheel(wheel_directory, _with_pip_nvcc(config_settings), metadata_directory)
+    return name
 
 
 def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
-    return scikit_build.build_editable(wheel_directory, _with_pip_nvcc(config_settings), metadata_directory)
+    name: str = scikit_build.build_editable(wheel_directory, _with_pip_nvcc(config_settings), metadata_directory)
+    return name
