@@ -1,6 +1,7 @@
 """The ``shuntyard`` command. Data goes to stdout, progress and logs to stderr.
 
-Exit status: 0 done (and passed), 1 a comparison failed, 2 bad usage, 3 refused or broken input, 130 interrupted.
+Exit status: 0 done (and passed), 1 a comparison failed, 2 bad usage, 3 refused or broken input, 4 a defect of
+shuntyard, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -24,7 +26,7 @@ from shuntyard.errors import ShuntyardError
 
 # Rooms are imported inside the commands: `shuntyard --help` need not wait for torch.
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_FAILED, EXIT_REFUSED, EXIT_DEFECT, EXIT_INTERRUPTED = 1, 3, 4, 130
 
 _err = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
@@ -63,6 +65,16 @@ class _Group(click.Group):
             if error.hint:
                 _err.print(f"hint: {_one_line(error.hint)}", markup=False, soft_wrap=True)
             ctx.exit(EXIT_REFUSED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001  a script must be able to tell a crash from a failed comparison
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            _err.print(
+                f"error: unexpected {type(error).__name__}: {_one_line(str(error))}", markup=False, soft_wrap=True
+            )
+            _err.print("hint: this is a defect of shuntyard; shuntyard --debug shows where", markup=False)
+            ctx.exit(EXIT_DEFECT)
         except KeyboardInterrupt:
             _err.print("interrupted")
             sys.stdout.flush()
@@ -170,15 +182,26 @@ def build(
 @click.option("--text", type=_PATH, help="UTF-8 text.  [default: the miniature's held-out text]")
 @click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Windows of the text.")
 @click.option("--length", type=click.IntRange(4), help="Tokens a window.  [default: 3.5 chunks, at most 512]")
+@click.option("--allow-other-files", is_flag=True, help="Compare with files that the engine was not built from.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def validate(engine: Path, reference: Path, text: Path | None, windows: int, length: int | None, as_json: bool) -> None:
+def validate(
+    engine: Path,
+    reference: Path,
+    text: Path | None,
+    windows: int,
+    length: int | None,
+    allow_other_files: bool,
+    as_json: bool,
+) -> None:
     """Hold ENGINE to the PyTorch reference; exit status 1 when a check fails."""
     from shuntyard.validate.demo import held_out_text, read_text
     from shuntyard.validate.validate import Plan
     from shuntyard.validate.validate import validate as run
 
     content = held_out_text() if text is None else read_text(text)
-    report = run(engine, reference, content, Plan(windows=windows, length=length), _say)
+    report = run(
+        engine, reference, content, Plan(windows=windows, length=length, allow_other_files=allow_other_files), _say
+    )
     if as_json:
         _emit(report.as_dict())
     else:
@@ -188,15 +211,18 @@ def validate(engine: Path, reference: Path, text: Path | None, windows: int, len
 
 
 def _print_report(report: Any) -> None:
-    table = Table(title=f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}")
+    table = Table(title=escape(f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}"))
     for column in ("", "check", "value", "bound", "", "where"):
         table.add_column(column, overflow="fold")
-    marks = {True: "[green]ok", False: "[bold red]FAIL", None: ""}
+    marks = {True: "[green]ok", False: "[bold red]FAIL", None: "not judged"}
     last = ""
     for check in report.checks:
         part, name = check.name.split(": ", 1)
         value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
-        table.add_row("" if part == last else part, name, value, check.bound, marks[check.ok], check.detail)
+        mark = marks[check.ok]
+        table.add_row(
+            "" if part == last else part, escape(name), escape(value), check.bound, mark, escape(check.detail)
+        )
         last = part
     _out.print(table)
     for note in report.notes:
@@ -243,7 +269,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         _emit(facts)
         return
-    table = Table(show_header=False, title=f"{facts.pop('kind')} {facts.pop('path')}", title_justify="left")
+    table = Table(show_header=False, title=escape(f"{facts.pop('kind')} {facts.pop('path')}"), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
@@ -251,7 +277,7 @@ def inspect(path: Path, as_json: bool) -> None:
             value = ", ".join(f"{count} {key}" for key, count in value.items())
         if isinstance(value, list):
             value = "\n".join(map(str, value)) or "none"
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     _out.print(table)
 
 
@@ -273,7 +299,7 @@ def demo(out: Path, as_json: bool) -> None:
         for column in ("engine", "target", "type", "plugin layers in the plan"):
             table.add_column(column)
         for row in result.engines:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         _out.print(table)
         for note in result.notes:
             _out.print(f"note: {note}", markup=False)

@@ -31,7 +31,7 @@ from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, 
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.output import link_or_copy, output_directory
 from shuntyard.exporter.strict_json import read_json
-from shuntyard.exporter.values import check_finite
+from shuntyard.exporter.values import check_finite, has_equal_rows
 from shuntyard.plugins.library import BuildInfo
 
 GRAPH_NAME = "engine.onnx"
@@ -158,6 +158,11 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
         check_finite(weights.values(), largest=LARGEST[dtype])
         shards = {header.file.name: sha256_of(header.file) for header in opened.checkpoint.headers}
         report.line(f"read {len(weights)} tensors: all values are finite")
+        for name, entry in weights.items():
+            if name.endswith(".router.weight") and has_equal_rows(entry):
+                report.warning(
+                    f"{name} has equal rows: such experts tie; shuntyard takes the lower, transformers may not"
+                )
         for name in SIDE_FILES:
             if (model_path / name).is_file():
                 shutil.copyfile(model_path / name, directory / name)

@@ -13,6 +13,7 @@ consecutive and lie in one chunk. The driver keeps it in three moves:
 from __future__ import annotations
 
 import abc
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shuntyard.engines.manifest import EngineManifest, load_manifest, verify_files
-from shuntyard.errors import EngineError
+from shuntyard.engines.manifest import EngineManifest, file_state, load_manifest, verify_files
+from shuntyard.errors import EngineError, NotFiniteError
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -40,10 +41,22 @@ class Runner(abc.ABC):
 
 
 class Engine:
-    """An opened engine. Not safe for use from several threads: it has one KV cache."""
+    """An opened engine. It has one KV cache: one call or stream at a time, from one thread."""
 
     def __init__(self, path: Path, manifest: EngineManifest, runner: Runner) -> None:
         self.path, self.manifest, self._runner = path, manifest, runner
+        self._state = file_state(path, manifest)
+        self._epoch = 0  # of the cache: every start is a new one
+
+    def _start(self, batch: int, context: int) -> None:
+        """Begins anew; weights that were written to since the engine was opened would be used as they are now."""
+        if file_state(self.path, self.manifest) != self._state:
+            raise EngineError(
+                f"{self.path}: has changed since the engine was opened",
+                hint="weights are hard links: somebody wrote into the checkpoint's file; export and build again",
+            )
+        self._epoch += 1
+        self._runner.start(batch, context)
 
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None, *, decode_from: int | None = None) -> Floats:
         """Logits of every token, from an empty cache.
@@ -58,8 +71,10 @@ class Engine:
 
         Raises:
             EngineError: the tokens are not integers of the vocabulary, or too many for the engine.
+            NotFiniteError: the engine computed NaN or infinity.
         """
         batch = _Batch(self, tokens, lengths)
+        decode_from = None if decode_from is None else _integer(decode_from, "decode_from")
         out = np.full((*batch.tokens.shape, self.manifest.vocab_size), np.nan, np.float32)
         for begin, end, ids, positions in batch.pieces(extra=0, decode_from=decode_from):
             active, count = ids.shape
@@ -67,7 +82,7 @@ class Engine:
             piece = self._runner.step(ids, positions, np.ascontiguousarray(every))
             for row in range(active):
                 own_end = min(end, batch.sorted_lengths[row])
-                out[batch.order[row], begin:own_end] = piece[row, : own_end - begin]
+                out[batch.order[row], begin:own_end] = _finite(piece[row, : own_end - begin])
         return out
 
     def generate(
@@ -103,20 +118,27 @@ class Engine:
         lengths: Sequence[int] | None = None,
         stop: Sequence[int] | None = None,
     ) -> Iterator[Tokens]:
-        """As :meth:`generate`, one int64 ``[B]`` a step as it comes."""
+        """As :meth:`generate`, one int64 ``[B]`` a step as it comes.
+
+        Raises:
+            EngineError: as for :meth:`generate`; and, at the next step, if another call has used the engine meanwhile.
+        """
         if max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {max_new_tokens}, must not be negative", hint="0 gives no tokens")
         batch = _Batch(self, tokens, lengths)
         stops = self.manifest.eos_token_ids if stop is None else list(stop)
-        if max_new_tokens == 0:
-            return
+        batch.check_context(max(0, max_new_tokens - 1))
+        return self._stream(batch, max_new_tokens, stops) if max_new_tokens else iter(())
+
+    def _stream(self, batch: _Batch, max_new_tokens: int, stops: list[int]) -> Iterator[Tokens]:
         rows = len(batch.order)
         newest = np.zeros(rows, np.int64)  # in sorted order, as all below
         for begin, end, ids, positions in batch.pieces(extra=max_new_tokens - 1):
             last = np.asarray(batch.sorted_lengths[: len(ids)]) - 1
             here = (begin <= last) & (last < end)
             picked = self._runner.step(ids, positions, np.where(here, last - begin, 0)[:, None])
-            newest[: len(ids)][here] = picked[here, 0].argmax(axis=1)
+            newest[: len(ids)][here] = _finite(picked[here, 0]).argmax(axis=1)
+        epoch = self._epoch
         positions = np.asarray(batch.sorted_lengths, np.int64)
         ended = np.zeros(rows, bool)
         for count in range(max_new_tokens):
@@ -124,10 +146,37 @@ class Engine:
             ended |= np.isin(newest, stops)
             if ended.all() or count == max_new_tokens - 1:
                 return
+            if self._epoch != epoch:
+                raise EngineError(
+                    "another call has taken this engine's KV cache in the middle of a stream",
+                    hint="finish a stream before the next call, or open the engine a second time",
+                )
             # An ended sequence rides along, at the place where it ended: nothing of it is looked at any more.
             picked = self._runner.step(newest[:, None], positions[:, None], np.zeros((rows, 1), np.int64))
-            newest = np.where(ended, newest, picked[:, 0].argmax(axis=1))
+            newest[~ended] = _finite(picked[~ended, 0]).argmax(axis=1)
             positions = np.where(ended, positions, positions + 1)
+
+
+def _finite(logits: Floats) -> Floats:
+    """The logits themselves.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite: no token is the most likely one then.
+    """
+    if not np.isfinite(logits).all():
+        raise NotFiniteError(
+            "the engine computed logits that are not finite",
+            hint="activations overflow: build with --dtype fp32 (or bf16, on a GPU)",
+        )
+    return logits
+
+
+def _integer(value: Any, name: str) -> int:
+    """An integer and nothing that would have to be rounded."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise EngineError(f"{name} is {value!r:.80}, must be an integer", hint="convert it first") from error
 
 
 class _Batch:
@@ -135,7 +184,13 @@ class _Batch:
 
     def __init__(self, engine: Engine, tokens: Any, lengths: Sequence[int] | None) -> None:
         limits, vocab = engine.manifest.limits, engine.manifest.vocab_size
-        array = np.asarray(tokens)
+        try:
+            array = np.asarray(tokens)
+        except ValueError as error:
+            raise EngineError(
+                f"tokens must be integers [batch, sequence]: {error}",
+                hint="pad shorter sequences on the right and give their lengths",
+            ) from error
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
             raise EngineError(
                 f"tokens must be integers [batch, sequence], not empty; got {array.dtype} {list(array.shape)}",
@@ -146,7 +201,9 @@ class _Batch:
             raise EngineError(
                 f"a batch of {batch} is larger than the engine's {limits.max_batch}", hint="build with --max-batch"
             )
-        own = [length] * batch if lengths is None else [int(n) for n in lengths]
+        if lengths is not None and not isinstance(lengths, Sequence | np.ndarray):
+            raise EngineError(f"lengths are {lengths!r:.80}, must be a list", hint="one length a sequence")
+        own = [length] * batch if lengths is None else [_integer(n, "a length") for n in lengths]
         if len(own) != batch or not all(1 <= n <= length for n in own):
             raise EngineError(f"lengths {own} must be {batch} numbers in 1..{length}", hint="one length a sequence")
         for row, n in enumerate(own):
@@ -175,12 +232,8 @@ class _Batch:
         ``extra`` tokens of context are kept for decoding; from ``decode_from`` on, pieces are single tokens.
         """
         limits, longest = self._engine.manifest.limits, self.sorted_lengths[0]
-        if longest + extra > limits.max_context:
-            raise EngineError(
-                f"{longest} tokens and {extra} after them exceed the engine's context of {limits.max_context}",
-                hint="ask for less, or build with a larger --max-context (the model's own is the largest)",
-            )
-        self._engine._runner.start(len(self.order), longest + extra)
+        self.check_context(extra)
+        self._engine._start(len(self.order), longest + extra)
         begin = 0
         while begin < longest:
             edge = longest if limits.chunk is None else (begin // limits.chunk + 1) * limits.chunk
@@ -191,6 +244,15 @@ class _Batch:
             positions = np.broadcast_to(np.arange(begin, end), (active, end - begin))
             yield begin, end, self.tokens[:active, begin:end], np.ascontiguousarray(positions)
             begin = end
+
+    def check_context(self, extra: int) -> None:
+        """Whether the longest sequence and ``extra`` tokens after it fit; see :meth:`Engine.generate`."""
+        limits, longest = self._engine.manifest.limits, self.sorted_lengths[0]
+        if longest + extra > limits.max_context:
+            raise EngineError(
+                f"{longest} tokens and {extra} after them exceed the engine's context of {limits.max_context}",
+                hint="ask for less, or build with a larger --max-context (the model's own is the largest)",
+            )
 
 
 def open_engine(directory: str | Path, *, verify: bool = False) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def inspect(path: Path) -> Facts:
         UnsupportedError: a checkpoint that shuntyard does not understand; says why.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory", hint="give a checkpoint, model or engine directory")
+        what = "is no directory" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {what}", hint="give a checkpoint, model or engine directory")
     if not (path / MANIFEST_NAME).exists():
         return {"kind": "checkpoint", "path": str(path), **checkpoint_facts(open_checkpoint(path))}
     raw = read_manifest(path)
@@ -56,7 +58,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
     """The shape of the model and what its files hold."""
     c = checkpoint.config
     weights, waived = match_weights(checkpoint)
-    parameters = sum(_count(entry.shape) for entry in weights.values())
+    parameters = sum(math.prod(entry.shape) for entry in weights.values())
     idle = c.num_local_experts - c.num_experts_per_tok
     active = parameters - len(c.moe_layers) * idle * 3 * c.hidden_size * c.intermediate_size
     nope = [i for i in range(c.num_hidden_layers) if not c.uses_rope(i)]
@@ -106,14 +108,9 @@ def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
 
 def _by_value(precision: dict[str, str]) -> str:
     counts = Counter(precision.values())
-    return ", ".join(f"{count} products, attentions and plugins {dtype}" for dtype, count in counts.most_common())
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+    return (
+        ", ".join(f"{dtype} in {count}" for dtype, count in counts.most_common()) + " products, attentions and plugins"
+    )
 
 
 def _ranges(numbers: Any) -> str:

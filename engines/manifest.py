@@ -116,6 +116,12 @@ def load_manifest(directory: Path) -> EngineManifest:
         ) from error
 
 
+def file_state(directory: Path, manifest: EngineManifest) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file, to see that nobody writes into an engine that is open."""
+    found = {name: (directory / name).stat() for name in manifest.files if (directory / name).exists()}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
 def verify_files(directory: Path, manifest: EngineManifest, *, contents: bool) -> None:
     """Holds the directory's files to the manifest: their sizes, and the content of those that were written to since.
 

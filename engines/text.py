@@ -34,10 +34,25 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path}: cannot be read: {error}", hint="download it again") from error
         bos = read_json(directory / "config.json").get("bos_token_id")
-        return cls(inner, bos if isinstance(bos, int) and bos < inner.get_vocab_size() else None)
+        if bos is not None and (
+            isinstance(bos, bool) or not isinstance(bos, int) or not 0 <= bos < inner.get_vocab_size()
+        ):
+            raise CheckpointError(
+                f"{directory / 'config.json'}: bos_token_id is {bos!r:.80}, which is no token of tokenizer.json",
+                hint="config.json and tokenizer.json must be of the same checkpoint",
+            )
+        return cls(inner, bos)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, opened by the begin-of-sequence token."""
+        """Token ids of a text, opened by the begin-of-sequence token.
+
+        Raises:
+            CheckpointError: the text holds something that is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"the text is not UTF-8: {error}", hint="convert it to UTF-8") from error
         ids = list(self._inner.encode(text, add_special_tokens=False).ids)
         return ids if self._bos is None else [self._bos, *ids]
 

@@ -265,6 +265,10 @@ def parse_config(raw: dict[str, Any], path: Path) -> Llama4Config:
             + (f" (nor {_brief(unknown[1:])})" if unknown[1:] else ""),
             hint="it could change what the model computes; remove it only if you know that it does not",
         )
+    if raw.get("is_encoder_decoder"):
+        raise UnsupportedError(
+            f"{path}: is_encoder_decoder is true", hint="Llama 4 is a decoder; config.json is of another model"
+        )
     fields = {key: value for key, value in raw.items() if key in Llama4Config.model_fields}
     fields["no_rope_layers"], fields["moe_layers"] = _layer_lists(raw, path)
     fields["rope"] = _rope_section(raw, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import ml_dtypes
@@ -34,8 +35,14 @@ def check_finite(entries: Iterable[TensorEntry], largest: float | None = None) -
                 _refuse(entry, start + first, float(piece[first]), f"is beyond {largest:g}, the type's largest value")
 
 
+def has_equal_rows(entry: TensorEntry) -> bool:
+    """Whether two rows of a matrix are the same, byte by byte."""
+    rows = np.memmap(entry.file, dtype=_NUMPY[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
+    return len({row.tobytes() for row in rows}) < len(rows)
+
+
 def _count(entry: TensorEntry) -> int:
-    return int(np.prod(entry.shape, dtype=np.int64))
+    return math.prod(entry.shape)
 
 
 def _refuse(entry: TensorEntry, flat: int, value: float, why: str) -> None:

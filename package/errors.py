@@ -5,6 +5,7 @@ ShuntyardError            one clear line and a hint
 |-- CheckpointError       a checkpoint that is broken, incomplete or contradicts itself
 |-- OutputError           the place to write to exists, is full, or cannot take what is asked
 `-- EngineError           an engine or model directory that cannot be opened, built or run
+    `-- NotFiniteError    an engine computed NaN or infinity
 """
 
 from __future__ import annotations
@@ -36,3 +37,7 @@ class OutputError(ShuntyardError):
 
 class EngineError(ShuntyardError):
     """A model or engine directory that cannot be opened, built or run."""
+
+
+class NotFiniteError(EngineError):
+    """An engine computed NaN or infinity."""

@@ -18,7 +18,7 @@ LARGEST_FREQUENCY_ERROR = 2e-6
 
 
 def exact_rotation(frequencies: NDArray[np.float64]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """transformers' ``Llama4TextRotaryEmbedding.forward`` with float64 angles: places ``[B, S]`` -> complex ``[B, S, D/2]``.
+    """transformers' ``Llama4TextRotaryEmbedding.forward``, angles in float64: ``[B, S]`` -> complex ``[B, S, D/2]``.
 
     In float32 an angle is off by up to ``2**-24`` of the position, and the reference drifts away from what it defines:
     by more than the tolerance of fp32 after some hundred tokens, entirely at a context of millions.
@@ -37,7 +37,7 @@ class Reference:
 
     def __init__(self, checkpoint: Path) -> None:
         try:
-            from transformers import Llama4ForCausalLM
+            from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig
             from transformers.utils import logging
         except ImportError as error:
             raise EngineError(
@@ -47,8 +47,12 @@ class Reference:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
+            own = Llama4TextConfig.from_pretrained(checkpoint, local_files_only=True)
+            # What would change the form of the answer, and nothing that is computed.
+            own.return_dict, own.output_attentions, own.output_hidden_states = True, False, False
             loaded: Any = Llama4ForCausalLM.from_pretrained(
                 checkpoint,
+                config=own,
                 dtype=torch.float32,
                 attn_implementation="eager",
                 local_files_only=True,
@@ -77,6 +81,7 @@ class Reference:
                 hint="check rope_parameters / rope_scaling; if they are right, this is a defect of one of the two",
             )
         rotary.forward = exact_rotation(exact)
+        model.generation_config = GenerationConfig()  # greedy is greedy, whatever the checkpoint likes
         self._model: Any = model.eval()
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:

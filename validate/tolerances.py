@@ -41,10 +41,10 @@ TOLERANCES = {
         top1=0.98,
         perplexity=1e-2,
         tie=5e-2,
-        reason="11 bits of mantissa; near ties in the router flip experts, so no single logit is bounded (the miniature's "
-        "are up to 3.5 off). Over 32 windows of 224 tokens its KL is 8e-5, in the worst window 7e-4 with a perplexity "
-        "off by 5e-3, and 1.6e-3 in the worst 96 tokens seen. Of the mildest mistakes, temperature has KL 5e-3 and rope "
-        "scaling 8e-4: this format alone cannot rule out a mistake in rope scaling, an fp32 engine can",
+        reason="11 bits of mantissa; near ties in the router flip experts, so no single logit is bounded (the "
+        "miniature's are up to 3.5 off). Over 32 windows of 224 tokens its KL is 8e-5, in the worst window 7e-4 with a "
+        "perplexity off by 5e-3, and 1.6e-3 in the worst 96 tokens seen. Of the mildest mistakes, temperature has KL "
+        "5e-3 and rope scaling 8e-4: this format alone cannot rule out a mistake in rope scaling, an fp32 engine can",
     ),
     "bf16": Tolerance(
         max_abs=None,

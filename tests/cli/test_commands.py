@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from click.testing import CliRunner, Result
 
 from shuntyard.cli import main
 from shuntyard.engines import open_engine
+from shuntyard.engines.text import Tokenizer
+from shuntyard.errors import CheckpointError
 from tests.checkpoints import random_text
 from tests.conftest import Worded
 
@@ -52,8 +55,9 @@ def test_validate_tells_by_its_exit_status(worded: Worded, tmp_path: Path) -> No
     for file in worded.checkpoint.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     (other / "config.json").write_text(json.dumps(config | {"use_qk_norm": False}))
-    result = shuntyard("validate", worded.engine, "--reference", other, *arguments[2:])
-    assert result.exit_code == 1, result.output
+    for extra in ((), ("--allow-other-files",)):
+        result = shuntyard("validate", worded.engine, "--reference", other, *arguments[2:], *extra)
+        assert result.exit_code == 1, result.output
     assert "FAILED" in result.stdout
 
 
@@ -74,6 +78,44 @@ def test_run_refuses_more_than_the_context(worded: Worded) -> None:
     result = shuntyard("run", worded.engine, "--prompt", "w5", "--max-new-tokens", "64")
     assert result.exit_code == 3
     assert "exceed the engine's context of 64" in result.stderr
+
+
+def test_a_defect_has_an_exit_status_of_its_own(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shuntyard.engines import inspect
+
+    def broken(path: Path) -> None:
+        raise RuntimeError("of two\nlines")
+
+    monkeypatch.setattr(inspect, "inspect", broken)
+    result = shuntyard("inspect", worded.engine)
+    assert result.exit_code == 4
+    assert "error: unexpected RuntimeError: of two\\nlines" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in shuntyard("--debug", "inspect", worded.engine).stderr
+
+
+def test_paths_are_no_markup(worded: Worded, tmp_path: Path) -> None:
+    odd = tmp_path / "a[red]b[" / "x]"
+    shutil.copytree(worded.checkpoint, odd)
+    result = shuntyard("inspect", odd)
+    assert result.exit_code == 0, result.output
+    assert "a[red]b[/x]" in result.stdout.replace("\n", "")
+
+
+def test_prompts_that_are_no_text(worded: Worded) -> None:
+    result = shuntyard("run", worded.engine, "--prompt", "w5 \udcff")
+    assert result.exit_code == 3
+    assert "the text is not UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize("bos", [-1, True, 64, [1], "w1"])
+def test_a_begin_token_that_is_none_is_refused(worded: Worded, tmp_path: Path, bos: object) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(worded.engine, engine)
+    config = json.loads((engine / "config.json").read_text())
+    (engine / "config.json").write_text(json.dumps(config | {"bos_token_id": bos}))
+    with pytest.raises(CheckpointError, match="bos_token_id is .* which is no token"):
+        Tokenizer.from_directory(engine)
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "model", "engine"])

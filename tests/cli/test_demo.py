@@ -37,7 +37,8 @@ def test_the_engine_is_transformers(result: Result) -> None:
     for part in ("prefill", "decode"):
         assert checks[f"{part}: max abs error"]["value"] <= 1e-4
         assert "engine 4" in checks[f"{part}: perplexity, relative"]["detail"]
-    assert checks["greedy: 96 tokens equal"]["value"] == "equal"
+    for length in (128, 85, 42):
+        assert checks[f"greedy: 96 tokens after {length}"]["value"] == "equal"
 
 
 def test_decoding_crosses_chunk_edges(result: Result) -> None:

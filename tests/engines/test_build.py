@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shuntyard.engines import lower
-from shuntyard.engines.build import Request, build, open_model
+from shuntyard.engines.build import Reporter, Request, build, open_model
 from shuntyard.engines.inspect import inspect
 from shuntyard.engines.manifest import load_manifest, sha256_of, verify_files
 from shuntyard.errors import CheckpointError, EngineError, OutputError, ShuntyardError, UnsupportedError
@@ -108,6 +108,17 @@ def test_weights_too_large_for_fp16_are_refused(tmp_path: Path) -> None:
     error = refusal(tmp_path / "engine", tmp_path / "model", dtype="fp16")
     assert "'lm_head.weight' at [1, 2] holds 70144.0, which is beyond 65504" in error.message
     build(tmp_path / "model", tmp_path / "engine", Request(dtype="fp32"))
+
+
+def test_routers_whose_experts_tie_are_warned_of(tmp_path: Path) -> None:
+    weights = random_weights(parsed(RAW))
+    router = weights["model.layers.3.feed_forward.router.weight"]
+    router[2] = router[0]
+    export(write_checkpoint(tmp_path / "tied", RAW, weights), tmp_path / "model")
+    warnings: list[str] = []
+    build(tmp_path / "model", tmp_path / "engine", Request(), Reporter(warning=warnings.append))
+    (warning,) = warnings
+    assert warning.startswith("model.layers.3.feed_forward.router.weight has equal rows")
 
 
 def test_a_model_directory_that_was_changed_is_refused(tmp_path: Path) -> None:

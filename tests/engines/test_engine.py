@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from shuntyard.engines import Engine, open_engine
 from shuntyard.engines.build import Request, build
-from shuntyard.errors import CheckpointError, EngineError
+from shuntyard.errors import CheckpointError, EngineError, NotFiniteError
 from shuntyard.exporter.export import export
-from tests.checkpoints import raw_config, write_checkpoint
+from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint
 from tests.parity.reference import Reference, largest_difference
 from tests.tolerances import MODEL_MAX_ABS, ROUTER_MARGIN
 
@@ -122,6 +122,50 @@ def test_calls_do_not_remember_each_other(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.logits(tokens), before)
 
 
+def test_another_call_in_the_middle_of_a_stream_is_noticed(engine: Engine) -> None:
+    first = engine.stream([[1, 2, 3]], 5, stop=[])
+    next(first)
+    engine.logits([[4, 5]])
+    with pytest.raises(EngineError, match="another call has taken this engine's KV cache"):
+        next(first)
+    pair = engine.stream([[1, 2, 3]], 5, stop=[]), engine.stream([[4, 5, 6]], 5, stop=[])
+    next(pair[0])
+    next(pair[1])
+    with pytest.raises(EngineError, match="another call"):
+        next(pair[0])
+
+
+def test_a_stream_checks_its_arguments_before_it_is_read(engine: Engine) -> None:
+    with pytest.raises(EngineError, match="token 999"):
+        engine.stream([[999]], 3)
+    with pytest.raises(EngineError, match="exceed the engine's context"):
+        engine.stream([[1]], 99)
+
+
+def test_writing_into_an_open_engine_is_noticed(model_directory: Path, tmp_path: Path) -> None:
+    build(model_directory, tmp_path / "engine", Request(max_context=CONTEXT, copy=True))
+    opened = open_engine(tmp_path / "engine")
+    opened.logits([[1, 2]])
+    shard = next((tmp_path / "engine").glob("*.safetensors"))
+    with shard.open("rb+") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\0\0\0\0")
+    with pytest.raises(EngineError, match="has changed since the engine was opened"):
+        opened.logits([[1, 2]])
+
+
+def test_logits_that_overflow_give_no_tokens(tmp_path: Path) -> None:
+    """Weights fit fp16, activations do not."""
+    weights = random_weights(parsed(RAW))
+    weights["model.layers.0.feed_forward.down_proj.weight"] *= 50000
+    export(write_checkpoint(tmp_path / "hot", RAW, weights), tmp_path / "model")
+    build(tmp_path / "model", tmp_path / "engine", Request(dtype="fp16", max_context=CONTEXT))
+    hot = open_engine(tmp_path / "engine")
+    for call in (lambda: hot.logits([[1, 2, 3]]), lambda: hot.generate([[1, 2, 3]], 8, stop=[])):
+        with pytest.raises(NotFiniteError, match="logits that are not finite"):
+            call()
+
+
 def test_no_new_tokens(engine: Engine) -> None:
     assert engine.generate([[1, 2], [3, 4]], 0).shape == (2, 0)
 
@@ -135,6 +179,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too many sequences": ({"tokens": [[1]] * 9}, "a batch of 9 is larger than the engine's 8"),
     "too long": ({"tokens": [[1] * 41]}, "41 tokens and 0 after them exceed the engine's context of 40"),
     "lengths of another batch": ({"tokens": [[1, 2]], "lengths": [1, 2]}, "must be 1 numbers in 1..2"),
+    "lengths that are none": ({"tokens": [[1, 2]], "lengths": 2}, "lengths are 2, must be a list"),
+    "length of no integer": ({"tokens": [[1, 2]], "lengths": [1.9]}, "a length is 1.9, must be an integer"),
+    "decoding from no integer": ({"tokens": [[1, 2]], "decode_from": 0.5}, "decode_from is 0.5, must be an integer"),
+    "ragged lists": ({"tokens": [[1, 2], [3]]}, "tokens must be integers [batch, sequence]"),
     "length zero": ({"tokens": [[1, 2]], "lengths": [0]}, "must be 1 numbers in 1..2"),
     "length beyond": ({"tokens": [[1, 2]], "lengths": [3]}, "must be 1 numbers in 1..2"),
 }

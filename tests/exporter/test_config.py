@@ -36,6 +36,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "many unknown keys": ({f"k{i}": 0 for i in range(999)}, "config key 'k0' is not understood (nor", "could change"),
     "quantized": ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "quant_method 'fbgemm_fp8'", "bf16"),
     "oddly quantized": ({"quantization_config": "yes"}, "quant_method 'yes'", "bf16"),
+    "encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder is true", "decoder"),
     "attention bias": ({"attention_bias": True}, "attention_bias: Input should be False, got True", "no other"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act: Input should be 'silu', got 'gelu'", "no other"),
     "rope type": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'", "llama3"),

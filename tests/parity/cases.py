@@ -24,8 +24,8 @@ class Case:
     decode_from: int
 
     @property
-    def chunk(self) -> int:
-        chunk: int = self.raw["attention_chunk_size"]
+    def chunk(self) -> int | None:
+        chunk: int | None = self.raw["attention_chunk_size"]
         return chunk
 
 
@@ -62,7 +62,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "head_dim": draw(st.sampled_from([2, 6, 8, 16])),
         "num_local_experts": experts,
         "num_experts_per_tok": draw(st.integers(1, min(3, experts))),
-        "attention_chunk_size": draw(st.sampled_from([4, 5, 7, 8, 16])),
+        "attention_chunk_size": draw(st.sampled_from([4, 5, 7, 8, 16, None])),
         "floor_scale": draw(st.sampled_from([1, 3, 4, 16])),
         "attn_scale": draw(st.sampled_from([0.0, 0.1, 0.5])),
         "attn_temperature_tuning": draw(st.booleans()),
@@ -87,7 +87,7 @@ def cases(draw: st.DrawFn) -> Case:
     """Batches up to three chunks long, ragged, prefilled in pieces, then decoded token by token."""
     raw = draw(models())
     seed, batch = draw(st.integers(0, 2**16)), draw(st.integers(1, 3))
-    length = draw(st.integers(1, 3 * raw["attention_chunk_size"]))
+    length = draw(st.integers(1, 3 * (raw["attention_chunk_size"] or 8)))
     lengths = [length, *draw(st.lists(st.integers(1, length), min_size=batch - 1, max_size=batch - 1))]
     ids = np.random.default_rng(seed).integers(0, raw["vocab_size"], size=(batch, length))
     cuts = draw(st.lists(st.integers(1, length), max_size=3))

@@ -17,7 +17,7 @@ from tests.conftest import Worded
 
 
 def test_rotation_is_transformers_own_where_that_is_good() -> None:
-    raw = raw_config()
+    raw = raw_config(head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     theirs = Llama4TextRotaryEmbedding(Llama4TextConfig(**raw))
     ours = exact_rotation(parsed(raw).rope.inverse_frequencies(raw["head_dim"]))
     places = torch.arange(64)[None]
@@ -40,6 +40,7 @@ def test_generation_continues_what_logits_say() -> None:
     reference, config = Reference(miniature()), load_config(miniature() / "config.json")
     prompt = [0, 100, 200, 300]
     new = reference.generate(prompt, 70)  # over a chunk's edge
+    assert config.attention_chunk_size is not None
     assert len(prompt) + len(new) > config.attention_chunk_size
     logits = reference.logits(np.array([prompt + new]))[0]
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == new

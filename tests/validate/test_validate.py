@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from shuntyard.engines.build import Request, build
 from shuntyard.engines.engine import Engine
+from shuntyard.engines.onnxruntime_runner import OnnxRuntimeRunner
 from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.export import export
 from shuntyard.validate.reference import Reference
@@ -23,6 +27,7 @@ from tests.conftest import Worded
 CHANGES: dict[str, Any] = {"num_hidden_layers": 8, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = random_text(400, 64)
 PLAN = Plan(windows=6, length=28, decode=20)
+OTHER = replace(PLAN, allow_other_files=True)
 
 
 def test_a_sound_engine_passes(worded: Worded) -> None:
@@ -34,7 +39,7 @@ def test_a_sound_engine_passes(worded: Worded) -> None:
     for part in ("prefill", "decode"):
         assert f"{part}: max abs error" in names
         assert f"{part}: perplexity, relative" in names
-    assert names[-1] == "greedy: 20 tokens equal"
+    assert names[-3:] == [f"greedy: 20 tokens after {n}" for n in (8, 5, 2)]
     assert all(check.ok for check in report.checks)
 
 
@@ -71,7 +76,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_an_engine_of_another_model_fails(name: str, worded: Worded, tmp_path: Path) -> None:
     weights = load_file(worded.checkpoint / "model.safetensors")
-    report = validate(engine_of(tmp_path, FAULTS[name], weights), worded.checkpoint, TEXT, PLAN)
+    report = validate(engine_of(tmp_path, FAULTS[name], weights), worded.checkpoint, TEXT, OTHER)
     assert not report.passed
     failed = {check.name for check in report.checks if check.ok is False}
     assert {"prefill: max abs error", "decode: max abs error"} <= failed
@@ -82,8 +87,88 @@ def test_one_swapped_expert_fails(worded: Worded, tmp_path: Path) -> None:
     weights = load_file(worded.checkpoint / "model.safetensors")
     name = "model.layers.5.feed_forward.experts.down_proj"
     weights[name] = weights[name][[1, 0, 2, 3]].contiguous()
-    report = validate(engine_of(tmp_path, {}, weights), worded.checkpoint, TEXT, PLAN)
+    engine = engine_of(tmp_path, {}, weights)
+    report = validate(engine, worded.checkpoint, TEXT, OTHER)
     assert not report.passed
+    assert {check.name for check in report.checks if check.ok is False} >= {"prefill: mean KL", "decode: mean KL"}
+    report = validate(engine, worded.checkpoint, TEXT, PLAN)
+    assert report.checks[0].name == "files: the same"
+    assert report.checks[0].ok is False
+
+
+def test_other_files_fail_even_if_they_agree(worded: Worded, tmp_path: Path) -> None:
+    weights = load_file(worded.checkpoint / "model.safetensors")
+    engine = engine_of(tmp_path, {"use_cache": True}, weights)
+    report = validate(engine, worded.checkpoint, TEXT, PLAN)
+    assert [check.name for check in report.checks if check.ok is False] == ["files: the same"]
+    report = validate(engine, worded.checkpoint, TEXT, OTHER)
+    assert report.passed
+    assert report.notes == ["the engine was built from other files than the reference reads"]
+
+
+def test_a_fault_in_all_sequences_but_the_first_fails(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In decoding, where batches were not looked at once; with one window too."""
+    real = OnnxRuntimeRunner.step
+
+    def faulty(self: OnnxRuntimeRunner, ids: Any, positions: Any, picked: Any) -> Any:
+        out = real(self, ids, positions, picked)
+        if ids.shape[1] == 1:
+            out[1:] = out[1:, :, ::-1]
+        return out
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "step", faulty)
+    for plan in (PLAN, replace(PLAN, windows=1)):
+        failed = {c.name for c in validate(worded.engine, worded.checkpoint, TEXT, plan).checks if c.ok is False}
+        assert "decode: max abs error" in failed
+        assert any(name.startswith("greedy") for name in failed)
+        assert "prefill: max abs error" not in failed
+
+
+@pytest.mark.parametrize("length", [9, 12, 15, 16, 17, 28])
+def test_decoding_crosses_a_chunk_s_edge_whatever_the_length(
+    worded: Worded, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    real = OnnxRuntimeRunner.step
+
+    def faulty(self: OnnxRuntimeRunner, ids: Any, positions: Any, picked: Any) -> Any:
+        out = real(self, ids, positions, picked)
+        if ids.shape[1] == 1 and positions[0, 0] % 8 == 0:
+            out = out[:, :, ::-1].copy()
+        return out
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "step", faulty)
+    report = validate(worded.engine, worded.checkpoint, TEXT, replace(PLAN, length=length, decode=3))
+    assert "decode: max abs error" in {c.name for c in report.checks if c.ok is False}
+
+
+def test_vocabularies_that_differ_are_refused(worded: Worded, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", raw_config(**CHANGES | {"vocab_size": 80}))
+    write_tokenizer(other, 64)
+    with pytest.raises(EngineError, match="has a vocabulary of 64, .* one of 80"):
+        validate(worded.engine, other, TEXT, PLAN)
+    small = tmp_path / "small"
+    shutil.copytree(worded.checkpoint, small)
+    write_tokenizer(small, 90)
+    with pytest.raises(EngineError, match=r"tokenizer\.json: gives token \d+, the model's vocabulary ends before it"):
+        validate(worded.engine, small, random_text(400, 90), PLAN)
+
+
+def test_greedy_is_greedy_whatever_the_generation_config_likes(worded: Worded, tmp_path: Path) -> None:
+    liked = tmp_path / "liked"
+    shutil.copytree(worded.checkpoint, liked)
+    wishes = {"repetition_penalty": 1.5, "num_beams": 3, "no_repeat_ngram_size": 2, "suppress_tokens": [5]}
+    (liked / "generation_config.json").write_text(json.dumps(wishes))
+    report = validate(worded.engine, liked, TEXT, PLAN)
+    assert report.passed, report.as_dict()
+
+
+def test_configurations_that_change_the_form_of_answers(worded: Worded, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(worded.checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    wishes = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    (other / "config.json").write_text(json.dumps(config | wishes))
+    assert validate(worded.engine, other, TEXT, OTHER).passed
 
 
 def test_an_fp16_engine_is_judged_by_fp16_s_tolerances(worded: Worded, tmp_path: Path) -> None:
@@ -95,18 +180,19 @@ def test_an_fp16_engine_is_judged_by_fp16_s_tolerances(worded: Worded, tmp_path:
 
 
 def test_logits_that_are_not_finite_fail(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Engine.logits
+    real = OnnxRuntimeRunner.step
 
-    def poisoned(self: Engine, *arguments: Any, **named: Any) -> Any:
-        out = real(self, *arguments, **named)
-        out[0, 3, 4] = math.nan
+    def poisoned(self: OnnxRuntimeRunner, *arguments: Any) -> Any:
+        out = real(self, *arguments)
+        out[0, 0, 4] = math.nan
         return out
 
-    monkeypatch.setattr(Engine, "logits", poisoned)
+    monkeypatch.setattr(OnnxRuntimeRunner, "step", poisoned)
     report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
-    (check,) = [c for c in report.checks if c.name == "prefill: logits finite"]
-    assert check.ok is False
-    assert check.detail == "first at [0, 3, 4]"
+    assert [(c.name, c.ok) for c in report.checks] == [
+        ("prefill: logits finite", False),
+        ("decode: logits finite", False),
+    ]
     assert not report.passed
 
 
@@ -120,7 +206,7 @@ def test_a_greedy_difference_fails_unless_it_is_a_tie(worded: Worded, monkeypatc
 
     monkeypatch.setattr(Engine, "generate", other)
     report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
-    check = report.checks[-1]
+    check = report.checks[-3]
     assert (check.value, check.ok) == ("differ at 7", False)
     assert "margin" in check.detail
 
@@ -130,6 +216,11 @@ def test_what_a_short_text_does_not_exercise_is_said(worded: Worded) -> None:
     assert any("the edge of a chunk (8 tokens)" in note for note in report.notes)
     report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=2, length=9, decode=2))
     assert not report.notes
+    report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=99, length=99, decode=2))
+    assert report.notes == [
+        "windows are 64 tokens, the engine's context, not 99",
+        "the text holds 6 such windows, not 99",
+    ]
 
 
 def test_texts_that_are_too_short(worded: Worded) -> None:
