@@ -260,15 +260,16 @@ def run(engine: Path, prompt: str, max_new_tokens: int, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path", type=_PATH)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Everything, with numbers as numbers, as JSON on stdout.")
 def inspect(path: Path, as_json: bool) -> None:
     """Say what a checkpoint, model or engine directory is."""
     from shuntyard.engines.inspect import inspect as run
+    from shuntyard.engines.inspect import inspect_data
 
-    facts = run(path)
     if as_json:
-        _emit(facts)
+        _emit(inspect_data(path))
         return
+    facts = run(path)
     table = Table(show_header=False, title=escape(f"{facts.pop('kind')} {facts.pop('path')}"), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -283,7 +284,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("out", type=_PATH, default=Path("demo-output"))
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Report and engines as JSON on stdout.")
 def demo(out: Path, as_json: bool) -> None:
     """Export, build and validate the trained miniature into the new directory OUT."""
     from shuntyard.engines.build import Reporter

@@ -54,13 +54,43 @@ def _layer_functions(graph: Any) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph))
 
 
+def inspect_data(path: Path) -> Facts:
+    """As :func:`inspect`, for scripts: numbers as numbers, configuration and manifest whole."""
+    kind = inspect(path)["kind"]
+    if kind == "engine":
+        layers = json.loads((path / LAYERS_NAME).read_text(encoding="utf-8"))
+        return {"kind": kind, "path": str(path), **load_manifest(path).model_dump(mode="json"), "layers": layers}
+    checkpoint = open_checkpoint(path)
+    weights, waived = match_weights(checkpoint)
+    parameters, active = _parameters(checkpoint)
+    return {
+        "kind": kind,
+        "path": str(path),
+        "parameters": parameters,
+        "active_parameters": active,
+        "bytes": checkpoint.nbytes,
+        "tensors": dict(Counter(entry.dtype for entry in weights.values())),
+        "shards": [header.file.name for header in checkpoint.headers],
+        "waived": waived,
+        "fingerprint": checkpoint.fingerprint,
+        "config": checkpoint.config.model_dump(mode="json"),
+        **({"manifest": read_manifest(path)} if kind == "model" else {}),
+    }
+
+
+def _parameters(checkpoint: Checkpoint) -> tuple[int, int]:
+    """All, and those that a token touches."""
+    c = checkpoint.config
+    total = sum(math.prod(entry.shape) for entry in match_weights(checkpoint)[0].values())
+    idle = c.num_local_experts - c.num_experts_per_tok
+    return total, total - len(c.moe_layers) * idle * 3 * c.hidden_size * c.intermediate_size
+
+
 def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
     """The shape of the model and what its files hold."""
     c = checkpoint.config
     weights, waived = match_weights(checkpoint)
-    parameters = sum(math.prod(entry.shape) for entry in weights.values())
-    idle = c.num_local_experts - c.num_experts_per_tok
-    active = parameters - len(c.moe_layers) * idle * 3 * c.hidden_size * c.intermediate_size
+    parameters, active = _parameters(checkpoint)
     nope = [i for i in range(c.num_hidden_layers) if not c.uses_rope(i)]
     return {
         "parameters": f"{parameters:,} ({active:,} active a token)",

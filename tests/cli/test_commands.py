@@ -127,6 +127,12 @@ def test_inspect_fits_a_screen(worded: Worded, kind: str) -> None:
     assert len(result.stdout.splitlines()) <= 40
     facts = json.loads(shuntyard("inspect", path, "--json").stdout)
     assert facts["kind"] == kind
+    if kind == "engine":
+        assert facts["limits"]["max_context"] == 64
+        assert {layer["name"] for layer in facts["layers"]} > {"lm_head", "model.layers.0"}
+    else:
+        assert facts["parameters"] > facts["active_parameters"] > 0
+        assert facts["config"]["num_hidden_layers"] == 8
 
 
 def test_help_does_not_wait_for_torch() -> None:
