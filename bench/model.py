@@ -257,7 +257,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def print_tables(result: dict[str, Any]) -> None:
     """Medians and quartiles on stdout."""
-    console = Console(width=130)
+    console = Console(width=160)
     names = list(result["results"][0]["milliseconds"])
     table = Table(title="ms: prefill of a prompt, decode of one token behind it", caption="median (quartiles)")
     for column in ("", "context", *names, "times faster"):

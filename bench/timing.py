@@ -86,6 +86,18 @@ class Neighbours:
         return round(max(others - others_then, 0) / (total - total_then), 3)
 
 
+def command() -> str:
+    """What was run, but for where its files went."""
+    script, *arguments = sys.argv
+    kept: list[str] = []
+    while arguments:
+        kept += [arguments.pop(0)]
+        if kept[-1] in ("--json", "--work", "--profile"):
+            kept.pop()
+            arguments = arguments[1:]
+    return shlex.join(["python", f"bench/{Path(script).name}", *kept])
+
+
 def machine(threads: int) -> dict[str, Any]:
     """What the figures depend on beside the code."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -98,7 +110,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
-        "command": shlex.join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
     }
 
 
