@@ -96,12 +96,13 @@ def main(debug: bool) -> None:
 @click.option("--dtype", type=_DTYPE, default="fp32", show_default=True, help="Compute type; build can change it.")
 @click.option("--copy", is_flag=True, help="Copy the shards where hard links are impossible.")
 @click.option("--check-values", is_flag=True, help="Read all weights and refuse NaN and infinity.")
+@click.option("--text-only", is_flag=True, help="Leave a vision tower out, and list its tensors as waived.")
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-def export(ckpt: Path, out: Path, dtype: str, copy: bool, check_values: bool, as_json: bool) -> None:
+def export(ckpt: Path, out: Path, dtype: str, copy: bool, check_values: bool, text_only: bool, as_json: bool) -> None:
     """Export the checkpoint CKPT to the new model directory OUT."""
     from shuntyard.exporter.export import export as run
 
-    result = run(ckpt, out, dtype=dtype, copy=copy, check_values=check_values, report=_say)
+    result = run(ckpt, out, dtype=dtype, copy=copy, check_values=check_values, text_only=text_only, report=_say)
     if as_json:
         _emit(result.as_dict())
     else:

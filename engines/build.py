@@ -25,13 +25,14 @@ from shuntyard.engines.manifest import (
 )
 from shuntyard.engines.onnxruntime_runner import open_session
 from shuntyard.errors import CheckpointError, EngineError, UnsupportedError
-from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, open_checkpoint
 from shuntyard.exporter.config import HINT_CONFIG, Llama4Config
 from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, check_graph, read_manifest
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.output import link_or_copy, output_directory
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite, has_equal_rows
+from shuntyard.exporter.weights import match_weights
 from shuntyard.plugins.library import BuildInfo
 
 GRAPH_NAME = "engine.onnx"
@@ -154,12 +155,12 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
         )
     limits = _limits(opened.config, request)
     with output_directory(out) as directory:
-        weights, _ = match_weights(opened.checkpoint)
-        check_finite(weights.values(), largest=LARGEST[dtype])
+        weights = match_weights(opened.checkpoint)
+        check_finite(weights, largest=LARGEST[dtype])
         shards = {header.file.name: sha256_of(header.file) for header in opened.checkpoint.headers}
-        report.line(f"read {len(weights)} tensors: all values are finite")
-        for name, entry in weights.items():
-            if name.endswith(".router.weight") and has_equal_rows(entry):
+        report.line(f"read {weights.tensors} tensors: all values are finite")
+        for name, stored in weights.linears.items():
+            if name.endswith(".router.weight") and has_equal_rows(stored):
                 report.warning(
                     f"{name} has equal rows: such experts tie; shuntyard takes the lower, transformers may not"
                 )

@@ -10,8 +10,9 @@ from typing import Any
 
 from shuntyard.engines.manifest import LAYERS_NAME, EngineManifest, load_manifest, verify_files
 from shuntyard.errors import CheckpointError
-from shuntyard.exporter.checkpoint import Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
 from shuntyard.exporter.export import MANIFEST_NAME, read_manifest
+from shuntyard.exporter.weights import Weights, match_weights
 
 Facts = dict[str, Any]
 
@@ -61,27 +62,34 @@ def inspect_data(path: Path) -> Facts:
         layers = json.loads((path / LAYERS_NAME).read_text(encoding="utf-8"))
         return {"kind": kind, "path": str(path), **load_manifest(path).model_dump(mode="json"), "layers": layers}
     checkpoint = open_checkpoint(path)
-    weights, waived = match_weights(checkpoint)
-    parameters, active = _parameters(checkpoint)
+    weights = match_weights(checkpoint)
+    parameters, active = _parameters(checkpoint, weights)
     return {
         "kind": kind,
         "path": str(path),
         "parameters": parameters,
         "active_parameters": active,
         "bytes": checkpoint.nbytes,
-        "tensors": dict(Counter(entry.dtype for entry in weights.values())),
+        "tensors": _types(weights),
+        "quantization": None if checkpoint.quantization is None else str(checkpoint.quantization),
+        "vision_tensors": len(checkpoint.vision),
         "shards": [header.file.name for header in checkpoint.headers],
-        "waived": waived,
+        "waived": weights.waived,
         "fingerprint": checkpoint.fingerprint,
         "config": checkpoint.config.model_dump(mode="json"),
         **({"manifest": read_manifest(path)} if kind == "model" else {}),
     }
 
 
-def _parameters(checkpoint: Checkpoint) -> tuple[int, int]:
+def _types(weights: Weights) -> dict[str, int]:
+    """How many tensors are of which type, scales among them."""
+    entries = {(e.file, e.offset, e.nbytes): e.dtype for _, stored in weights.stored() for e in stored.entries()}
+    return dict(Counter(entries.values()).most_common())
+
+
+def _parameters(checkpoint: Checkpoint, weights: Weights) -> tuple[int, int]:
     """All, and those that a token touches."""
-    c = checkpoint.config
-    total = sum(math.prod(entry.shape) for entry in match_weights(checkpoint)[0].values())
+    c, total = checkpoint.config, weights.parameters
     idle = c.num_local_experts - c.num_experts_per_tok
     return total, total - len(c.moe_layers) * idle * 3 * c.hidden_size * c.intermediate_size
 
@@ -89,8 +97,9 @@ def _parameters(checkpoint: Checkpoint) -> tuple[int, int]:
 def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
     """The shape of the model and what its files hold."""
     c = checkpoint.config
-    weights, waived = match_weights(checkpoint)
-    parameters, active = _parameters(checkpoint)
+    weights = match_weights(checkpoint)
+    parameters, active = _parameters(checkpoint, weights)
+    vision = sum(math.prod(entry.shape) for entry in checkpoint.vision)
     nope = [i for i in range(c.num_hidden_layers) if not c.uses_rope(i)]
     return {
         "parameters": f"{parameters:,} ({active:,} active a token)",
@@ -102,11 +111,11 @@ def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
         + (f", factor {c.rope.factor:g}" if c.rope.factor else ""),
         "hidden, vocabulary": f"{c.hidden_size}, {c.vocab_size:,}",
         "context": f"{c.max_position_embeddings:,}",
-        "weights": ", ".join(
-            f"{count} {dtype}" for dtype, count in Counter(e.dtype for e in weights.values()).most_common()
-        ),
+        "weights": ", ".join(f"{count} {dtype}" for dtype, count in _types(weights).items()),
+        **({"quantisation": str(checkpoint.quantization)} if checkpoint.quantization else {}),
+        **({"vision tower": f"{len(checkpoint.vision)} tensors, {vision:,} parameters"} if vision else {}),
         "shards": f"{len(checkpoint.headers)} ({checkpoint.nbytes:,} bytes)",
-        "waived": waived,
+        "waived": weights.waived,
         "fingerprint": checkpoint.fingerprint[:16],
     }
 

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.config import Llama4Config, load_config
-from shuntyard.exporter.model import all_weights
+from shuntyard.errors import CheckpointError
+from shuntyard.exporter.config import Llama4Config
+from shuntyard.exporter.config_file import load_config_file
+from shuntyard.exporter.quantization import HF_QUANT_CONFIG, Quantization, read_quantization
 from shuntyard.exporter.safetensors_header import Header, TensorEntry, read_header
 from shuntyard.exporter.strict_json import read_json
 
@@ -22,21 +23,29 @@ SINGLE_NAME = "model.safetensors"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
+TEXT_PREFIX = "language_model."
+"""What stands before the text model's names in a checkpoint with a vision tower."""
+
+VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-SIDE_FILES = ("config.json", "generation_config.json", INDEX_NAME, *TOKENIZER_FILES)
+SIDE_FILES = ("config.json", "generation_config.json", HF_QUANT_CONFIG, INDEX_NAME, *TOKENIZER_FILES)
 """Small files that travel along, where they exist."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. ``tensors`` maps every name to its place."""
+    """An opened checkpoint.
+
+    ``tensors`` maps the text model's names, without a prefix, to their places; an entry's own name is the file's.
+    """
 
     path: Path
     config: Llama4Config
+    quantization: Quantization | None
     headers: tuple[Header, ...]
     tensors: dict[str, TensorEntry]
+    vision: tuple[TensorEntry, ...]
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +56,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the names, sizes and headers of all shards and ``config.json``; data is not read."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        if (self.path / HF_QUANT_CONFIG).is_file():
+            digest.update((self.path / HF_QUANT_CONFIG).read_bytes())
         for header in self.headers:
             digest.update(f"\n{header.file.name} {header.file_bytes} {header.sha256}".encode())
         return digest.hexdigest()
@@ -115,56 +126,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         what = "is no directory" if os.path.lexists(path) else "no such directory"
         raise CheckpointError(f"{path}: {what}", hint="give the directory of a Hugging Face checkpoint")
-    config = load_config(path / "config.json")
+    file = load_config_file(path / "config.json")
+    quantization = read_quantization(path, file.quantization)
     headers = _read_headers(path)
     tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
-    return Checkpoint(path, config, tuple(headers), tensors)
+    vision: list[TensorEntry] = []
+    if file.multimodal:
+        vision = [tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIXES)]
+        tensors = _without_prefix(
+            path, {name: t for name, t in tensors.items() if not name.startswith(VISION_PREFIXES)}
+        )
+    return Checkpoint(path, file.text, quantization, tuple(headers), tensors, tuple(vision))
+
+
+def _without_prefix(path: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The text model's tensors by the names that they have in a checkpoint without a vision tower."""
+    own = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
+    if len(own) < len(tensors):
+        twice = next(name for name in tensors if not name.startswith(TEXT_PREFIX) and TEXT_PREFIX + name in tensors)
+        raise CheckpointError(
+            f"{path}: tensor '{twice}' is there twice, also as '{TEXT_PREFIX}{twice}'",
+            hint="the shards are of different checkpoints; download them again",
+        )
+    return own
 
 
 def is_derived(name: str) -> bool:
     """Whether a tensor repeats what the configuration says (rotary frequencies that old files carry along)."""
     return name.endswith((".rotary_emb.inv_freq", ".rotary_emb.freqs"))
-
-
-def match_weights(checkpoint: Checkpoint) -> tuple[dict[str, TensorEntry], list[str]]:
-    """Gives every parameter of the model its tensor, and every tensor its parameter.
-
-    Returns:
-        Parameter name -> entry, in the model's order, and the names of the tensors that are waived.
-
-    Raises:
-        CheckpointError: a parameter has no tensor, or one of another shape.
-        UnsupportedError: a tensor that the model does not know, or of a dtype that it cannot take.
-    """
-    wanted = all_weights(checkpoint.config)
-    waived = [name for name in checkpoint.tensors if name not in wanted and is_derived(name)]
-    unknown = [name for name in checkpoint.tensors if name not in wanted and name not in waived]
-    missing = [name for name in wanted if name not in checkpoint.tensors]
-    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    if missing:
-        also = f"; it has '{unknown[0]}' instead, which is not understood" if unknown else ""
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor '{missing[0]}' is missing{more}{also}",
-            hint="config.json and the shards must be of the same checkpoint",
-        )
-    if unknown:
-        more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        hint = "leaving it out could change what the model computes; export refuses to guess"
-        if unknown[0] == "lm_head.weight":
-            hint = "config.json has tie_word_embeddings, which leaves no place for it; which of the two is right?"
-        raise UnsupportedError(
-            f"{checkpoint.tensors[unknown[0]].file}: tensor '{unknown[0]}' is not understood{more}", hint=hint
-        )
-    for name, shape in wanted.items():
-        entry = checkpoint.tensors[name]
-        if entry.dtype not in WEIGHT_DTYPES:
-            raise UnsupportedError(
-                f"{entry.file}: tensor '{name}' is {entry.dtype}; weights must be one of {', '.join(WEIGHT_DTYPES)}",
-                hint="give the bf16 or fp16 checkpoint",
-            )
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, config.json asks for {list(shape)}",
-                hint="config.json and the shards must be of the same checkpoint",
-            )
-    return {name: checkpoint.tensors[name] for name in wanted}, waived

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.strict_json import read_json
 
 Index = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
@@ -123,7 +122,7 @@ class Llama4Config(BaseModel):
     max_position_embeddings: Positive
     rms_norm_eps: Number
     hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
+    attention_bias: Flag = False
     use_qk_norm: Flag = True
     tie_word_embeddings: Flag = False
     attention_chunk_size: Positive | None
@@ -196,7 +195,7 @@ def _rope_section(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     old_name = section.pop("type", None)
     if section.setdefault("rope_type", old_name or "default") != (old_name or section["rope_type"]):
         raise CheckpointError(
-            f"{path}: rope_scaling has type {_brief(old_name)} and rope_type {_brief(section['rope_type'])}",
+            f"{path}: rope_scaling has type {brief(old_name)} and rope_type {brief(section['rope_type'])}",
             hint="keep the one that the weights were trained with",
         )
     theta = raw.get("rope_theta")
@@ -207,7 +206,7 @@ def _rope_section(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if section["rope_type"] not in ("default", "llama3"):
         raise UnsupportedError(
-            f"{path}: rope type {_brief(section['rope_type'])} is not supported",
+            f"{path}: rope type {brief(section['rope_type'])} is not supported",
             hint="Llama 4 uses 'default' or 'llama3'; check rope_parameters / rope_scaling",
         )
     return section
@@ -220,7 +219,7 @@ def _layer_lists(raw: dict[str, Any], path: Path) -> tuple[Any, Any]:
     step = _count(raw, "interleave_moe_layer_step", 1, path)
     for key in ("no_rope_layers", "moe_layers"):
         if not isinstance(raw.get(key), list | None):
-            raise CheckpointError(f"{path}: {key} is {_brief(raw[key])}, must be a list", hint=HINT_CONFIG)
+            raise CheckpointError(f"{path}: {key} is {brief(raw[key])}, must be a list", hint=HINT_CONFIG)
     no_rope, moe = raw.get("no_rope_layers"), raw.get("moe_layers")
     # An empty no_rope_layers counts as not given, an empty moe_layers does not: as in transformers.
     no_rope = no_rope or [int((i + 1) % interval != 0) for i in range(layers)]
@@ -231,43 +230,35 @@ def _count(raw: dict[str, Any], key: str, default: int | None, path: Path, large
     """A positive integer that is needed before the model of the whole configuration checks all others."""
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-        raise CheckpointError(f"{path}: {key} is {_brief(value)}, must be an integer in 1..{largest}", hint=HINT_CONFIG)
+        raise CheckpointError(f"{path}: {key} is {brief(value)}, must be an integer in 1..{largest}", hint=HINT_CONFIG)
     return value
 
 
-def parse_config(raw: dict[str, Any], path: Path) -> Llama4Config:
-    """Checks and completes a text model's configuration.
+def parse_config(raw: dict[str, Any], path: Path, within: str = "") -> Llama4Config:
+    """Checks and completes a text model's configuration, found under the key ``within`` where that is given.
 
     Raises:
         UnsupportedError: the model type, a key or a value is not supported; its name is in the message.
         CheckpointError: keys are missing or contradict each other.
     """
+    where = f"{path}: {within}" if within else f"{path}"
     model_type = raw.get("model_type")
     if model_type != "llama4_text":
-        known = "a text model has model_type 'llama4_text'"
-        if model_type == "llama4":
-            known = "this is a Llama 4 with a vision tower; export its text model (model_type 'llama4_text')"
         raise UnsupportedError(
-            f"{path}: model_type {_brief(model_type)} is not supported", hint=f"shuntyard exports Llama 4; {known}"
-        )
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UnsupportedError(
-            f"{path}: quantization_config (quant_method {_brief(method)}) is not supported",
-            hint="give the bf16 or fp16 checkpoint",
+            f"{where}: model_type {brief(model_type)} is not supported",
+            hint="shuntyard exports Llama 4: model_type 'llama4_text', or 'llama4' with a text_config",
         )
     known_keys = set(Llama4Config.model_fields) - {"rope"} | _TAKEN_APART | NOT_IN_THE_GRAPH
-    unknown = sorted(set(raw) - known_keys - {"quantization_config"})
+    unknown = sorted(set(raw) - known_keys)
     if unknown:
         raise UnsupportedError(
-            f"{path}: config key '{unknown[0]:.80}' is not understood"
-            + (f" (nor {_brief(unknown[1:])})" if unknown[1:] else ""),
+            f"{where}: config key '{unknown[0]:.80}' is not understood"
+            + (f" (nor {brief(unknown[1:])})" if unknown[1:] else ""),
             hint="it could change what the model computes; remove it only if you know that it does not",
         )
     if raw.get("is_encoder_decoder"):
         raise UnsupportedError(
-            f"{path}: is_encoder_decoder is true", hint="Llama 4 is a decoder; config.json is of another model"
+            f"{where}: is_encoder_decoder is true", hint="Llama 4 is a decoder; config.json is of another model"
         )
     fields = {key: value for key, value in raw.items() if key in Llama4Config.model_fields}
     fields["no_rope_layers"], fields["moe_layers"] = _layer_lists(raw, path)
@@ -275,12 +266,12 @@ def parse_config(raw: dict[str, Any], path: Path) -> Llama4Config:
     try:
         config = Llama4Config.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error, path) from error
+        raise explain(error, path, within) from error
     _check_layer_types(raw.get("layer_types"), config, path)
     return config
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value in one short line, whatever it is."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "an integer of more than 20 digits"
@@ -288,11 +279,11 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _explain(error: ValidationError, path: Path) -> CheckpointError | UnsupportedError:
-    """The first thing that pydantic found, in one line."""
+def explain(error: ValidationError, path: Path, within: str = "") -> CheckpointError | UnsupportedError:
+    """The first thing that pydantic found, in one line; ``within`` is the key that holds what was checked."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "configuration"
-    given = "" if first["type"] in ("missing", "value_error") else f", got {_brief(first['input'])}"
+    where = ".".join([within] * bool(within) + [str(part) for part in first["loc"]]) or "configuration"
+    given = "" if first["type"] in ("missing", "value_error") else f", got {brief(first['input'])}"
     message = f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{given}"
     if first["type"] in ("literal_error", "extra_forbidden"):
         return UnsupportedError(message, hint="shuntyard computes no other; changing config.json changes the model")
@@ -305,7 +296,7 @@ def _check_layer_types(layer_types: Any, config: Llama4Config, path: Path) -> No
         return
     if not isinstance(layer_types, list) or len(layer_types) != config.num_hidden_layers:
         raise CheckpointError(
-            f"{path}: layer_types must be a list of {config.num_hidden_layers} entries, got {_brief(layer_types)}",
+            f"{path}: layer_types must be a list of {config.num_hidden_layers} entries, got {brief(layer_types)}",
             hint=HINT_CONFIG,
         )
     for i in range(config.num_hidden_layers):
@@ -313,12 +304,7 @@ def _check_layer_types(layer_types: Any, config: Llama4Config, path: Path) -> No
         expected = "chunked_attention" if chunked else "full_attention"
         if layer_types[i] != expected:
             raise UnsupportedError(
-                f"{path}: layer_types[{i}] is {_brief(layer_types[i])}, but no_rope_layers and attention_chunk_size "
+                f"{path}: layer_types[{i}] is {brief(layer_types[i])}, but no_rope_layers and attention_chunk_size "
                 f"make layer {i} '{expected}'",
                 hint="a RoPE layer attends within its chunk, a NoPE layer to everything; other mixes are not supported",
             )
-
-
-def load_config(path: Path) -> Llama4Config:
-    """Reads and checks a ``config.json``; see :func:`parse_config` for what it raises."""
-    return parse_config(read_json(path), path)

@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict
 
 import shuntyard
 from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, open_checkpoint
 from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
 from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite
+from shuntyard.exporter.weights import match_weights
 
 MODEL_NAME = "model.onnx"
 MANIFEST_NAME = "shuntyard.json"
@@ -68,12 +69,14 @@ def export(
     dtype: str = "fp32",
     copy: bool = False,
     check_values: bool = False,
+    text_only: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
     """Exports the checkpoint at ``checkpoint_path`` to the new model directory ``out``.
 
     Everything is checked before anything is written: each tensor is consumed or waived by name, each parameter filled
     and of the right shape. ``check_values`` also reads all weights and refuses values that are not finite.
+    ``text_only`` leaves a vision tower out, and names its tensors as waived; without it such a checkpoint is refused.
 
     Raises:
         CheckpointError: the checkpoint is broken, incomplete or contradicts itself.
@@ -84,10 +87,16 @@ def export(
         raise UnsupportedError(f"dtype '{dtype}' is not supported", hint=f"one of {', '.join(COMPUTE_TYPES)}")
     refuse_existing(out)
     checkpoint = open_checkpoint(checkpoint_path)
-    weights, waived = match_weights(checkpoint)
-    report(f"{len(weights)} tensors match, {len(waived)} waived")
+    if checkpoint.vision and not text_only:
+        raise UnsupportedError(
+            f"{checkpoint_path}: has a vision tower ({len(checkpoint.vision)} tensors, '{checkpoint.vision[0].name}' first)",
+            hint="--text-only exports the text model alone and lists what it leaves out; the tower cannot be exported yet",
+        )
+    weights = match_weights(checkpoint)
+    waived = [checkpoint.tensors[name].name for name in weights.waived] + [entry.name for entry in checkpoint.vision]
+    report(f"{weights.tensors} tensors match, {len(waived)} waived")
     if check_values:
-        check_finite(weights.values())
+        check_finite(weights)
         report("all values are finite")
     with output_directory(out) as directory:
         for header in checkpoint.headers:
@@ -101,10 +110,10 @@ def export(
         check_graph(proto, directory)
         data = proto.SerializeToString(deterministic=True)
         (directory / MODEL_NAME).write_bytes(data)
-        manifest = _manifest(checkpoint, dtype, data, waived, check_values, len(weights))
+        manifest = _manifest(checkpoint, dtype, data, waived, check_values, weights.tensors)
         (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         written = sum(p.stat().st_size for p in directory.iterdir() if copy or p.suffix != ".safetensors")
-    return ExportResult(out, len(weights), waived, 0 if copy else checkpoint.nbytes, written)
+    return ExportResult(out, weights.tensors, waived, 0 if copy else checkpoint.nbytes, written)
 
 
 def _manifest(

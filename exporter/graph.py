@@ -20,45 +20,104 @@ Values in between have names too: ``model.layers.N`` is a layer's output ``[B, S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 
+import onnx
 import onnx_ir as ir
 
 from shuntyard.exporter import trace
+from shuntyard.exporter.checkpoint import TEXT_PREFIX
 from shuntyard.exporter.config import Llama4Config
-from shuntyard.exporter.model import LayerKind, kind_of, layer_weights
+from shuntyard.exporter.model import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
+from shuntyard.exporter.storage import Storage, apply_storage, functions_of, storage_of
+from shuntyard.exporter.weights import Experts, Stored, Weights
 from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION
-from shuntyard.plugins.functions import OPSET, all_functions
+from shuntyard.plugins.functions import OPSET
 
 IR_VERSION = 11
 
 COMPUTE_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
-_WEIGHT_TYPES = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
+_WEIGHT_TYPES = {
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+    "F32": ir.DataType.FLOAT,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "I32": ir.DataType.UINT4,  # packed INT4: the same bytes, see plugins/contract.py
+}
+
+
+WIDENED = "_widened"
+"""What a quantised weight's name ends in behind the Cast that it goes through.
+
+ONNX Runtime 1.32 refuses FP8 and UINT4 as inputs of functions, so a quantised weight is cast to fp16 before the call,
+which is exact: e4m3 and small integers are fp16 numbers. Nothing else is done to it outside the functions.
+"""
+
+_QUANTIZED = (ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT4)
+
+
+def initializer_name(entry: TensorEntry) -> str:
+    """A tensor's own name, without the prefix that checkpoints with a vision tower have."""
+    return entry.name.removeprefix(TEXT_PREFIX)
 
 
 def _initializer(entry: TensorEntry) -> ir.Value:
     """A checkpoint tensor as external data: file name, offset and length, under its own name."""
-    dtype, shape = _WEIGHT_TYPES[entry.dtype], ir.Shape(entry.shape)
+    dtype, shape, name = _WEIGHT_TYPES[entry.dtype], entry.shape, initializer_name(entry)
+    if dtype == ir.DataType.UINT4:
+        shape = (*shape[:-1], shape[-1] * 8)
     tensor = ir.ExternalTensor(
         entry.file.name,
         entry.offset,
         entry.nbytes,
         dtype,
-        shape=shape,
-        name=entry.name,
+        shape=ir.Shape(shape),
+        name=name,
         base_dir=str(entry.file.parent),
     )
-    return ir.Value(name=entry.name, type=ir.TensorType(dtype), shape=shape, const_value=tensor)
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
+
+
+class _Functions:
+    """The functions of a model: each part is traced once, and given the inputs of each way in which it is stored."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[str, Storage], ir.Function] = {}
+        self._traced: dict[str, bytes] = {}
+
+    def get(self, name: str, storage: Storage, make: Callable[[], ir.Function]) -> ir.Function:
+        if (name, storage) not in self.made:
+            if name not in self._traced:
+                self._traced[name] = ir.to_proto(make()).SerializeToString()
+            proto = onnx.FunctionProto.FromString(self._traced[name])
+            function = ir.serde.deserialize_function(proto)
+            apply_storage(function, storage)
+            function.name = self._unique(name + storage.suffix)
+            function.opset_imports.update({"": OPSET, DOMAIN: DOMAIN_VERSION})
+            self.made[name, storage] = function
+        return self.made[name, storage]
+
+    def _unique(self, name: str) -> str:
+        """TensorRT tells functions apart by their names alone."""
+        taken = {function.name for function in self.made.values()}
+        number = 2
+        unique = name
+        while unique in taken:
+            unique, number = f"{name}{number}", number + 1
+        return unique
 
 
 class _Assembly:
     """The main graph while it grows."""
 
-    def __init__(self, config: Llama4Config, dtype: ir.DataType, weights: Mapping[str, TensorEntry]) -> None:
-        self.config, self.dtype = config, dtype
-        self.weights = {name: _initializer(entry) for name, entry in weights.items()}
+    def __init__(self, config: Llama4Config, dtype: ir.DataType, weights: Weights) -> None:
+        self.config, self.dtype, self.weights = config, dtype, weights
+        self.initializers: list[ir.Value] = []
+        self.given: dict[str, ir.Value] = {}
+        self.functions = _Functions()
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -70,12 +129,53 @@ class _Assembly:
         self.inputs.append(self.value(name, dtype, *shape))
         return self.inputs[-1]
 
-    def call(self, function: ir.Function, name: str, inputs: list[ir.Value], outputs: list[ir.Value]) -> None:
-        attribute = ir.AttrInt64(trace.DTYPE_ATTRIBUTE, int(self.dtype))
-        node = ir.Node(DOMAIN, function.name, inputs, [attribute], outputs=outputs, name=name)
-        self.nodes.append(node)
+    def weight(self, entry: TensorEntry) -> ir.Value:
+        """What a function gets for a stored tensor: the initializer itself, or its values in fp16."""
+        name = initializer_name(entry)
+        if name not in self.given:
+            initializer = _initializer(entry)
+            self.initializers.append(initializer)
+            self.given[name] = initializer
+            if initializer.dtype in _QUANTIZED:
+                wide = ir.Value(
+                    name=f"{name}{WIDENED}", type=ir.TensorType(ir.DataType.FLOAT16), shape=initializer.shape
+                )
+                to = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
+                self.nodes.append(ir.Node("", "Cast", [initializer], [to], outputs=[wide], name=str(wide.name)))
+                self.given[name] = wide
+        return self.given[name]
 
-    def layer(self, i: int, function: ir.Function, hidden: ir.Value, places: list[ir.Value]) -> ir.Value:
+    def call(
+        self,
+        part: str,
+        make: Callable[[], ir.Function],
+        name: str,
+        inputs: list[ir.Value],
+        outputs: list[ir.Value],
+        linears: dict[str, Stored] | None = None,
+        experts: Experts | None = None,
+    ) -> None:
+        """Calls the function ``part`` as the node ``name``; the weights follow the inputs, as they are stored."""
+        linears = linears or {}
+        storage = storage_of(linears, experts)
+        function = self.functions.get(part, storage, make)
+        given: dict[str, TensorEntry] = {}
+        for own, stored in linears.items():
+            given |= dict(zip((own, f"{own}_scale"), stored.entries(), strict=False))
+        if experts is not None:
+            form, prefix = experts.form, "feed_forward.experts"
+            given |= {f"{prefix}.{n}": p.entry for n, p in zip(form.weight_names, experts.parts, strict=True)}
+            scales = [p.scale for p in experts.parts if p.scale is not None]
+            given |= {f"{prefix}.{n}": scale for n, scale in zip(form.scale_names, scales, strict=True)}
+        names = [str(value.name) for value in function.inputs][len(inputs) :]
+        if experts is not None and experts.form.overload == "":
+            # Traced under the checkpoint's own names.
+            given |= {f"{n}_proj": given[n] for n in ("feed_forward.experts.gate_up", "feed_forward.experts.down")}
+        attribute = ir.AttrInt64(trace.DTYPE_ATTRIBUTE, int(self.dtype))
+        inputs = [*inputs, *(self.weight(given[own]) for own in names)]
+        self.nodes.append(ir.Node(DOMAIN, function.name, inputs, [attribute], outputs=outputs, name=name))
+
+    def layer(self, i: int, hidden: ir.Value, places: list[ir.Value]) -> ir.Value:
         c, kind = self.config, kind_of(self.config, i)
         rows = "chunk" if kind.rope and c.attention_chunk_size is not None else "context"
         cache = ("batch", c.num_key_value_heads, rows, c.head_dim)
@@ -87,51 +187,64 @@ class _Assembly:
         if kind.moe:
             logits = f"{name}.feed_forward.router"
             outputs.append(self.value(logits, ir.DataType.FLOAT, "tokens", c.num_local_experts))
-        own = [self.weights[f"{name}.{weight}"] for weight in layer_weights(c, kind)]
-        self.call(function, name, [hidden, *places, *past, *own], outputs)
+        own = {
+            weight: self.weights.linears[f"{name}.{weight}"]
+            for weight in layer_weights(c, kind)
+            if f"{name}.{weight}" in self.weights.linears
+        }
+        self.call(
+            kind.function_name,
+            partial(trace.layer_function, c, kind),
+            name,
+            [hidden, *places, *past],
+            outputs,
+            own,
+            self.weights.experts.get(i),
+        )
         self.outputs += present
         return out
 
 
-def build_model(config: Llama4Config, weights: Mapping[str, TensorEntry], dtype: str) -> ir.Model:
+def build_model(config: Llama4Config, weights: Weights, dtype: str) -> ir.Model:
     """The whole model, computing in ``dtype`` (``fp32``, ``fp16`` or ``bf16``)."""
-    kinds: dict[LayerKind, ir.Function] = {}
-    for i in range(config.num_hidden_layers):
-        kind = kind_of(config, i)
-        if kind not in kinds:
-            kinds[kind] = trace.layer_function(config, kind)
-    embedding, head = trace.embedding_function(config), trace.head_function(config)
-    rotary = trace.rotary_function(config) if any(kind.rope for kind in kinds) else None
     i64, f32, compute = ir.DataType.INT64, ir.DataType.FLOAT, COMPUTE_TYPES[dtype]
     g = _Assembly(config, compute, weights)
     input_ids = g.input("input_ids", i64, "batch", "sequence")
     position_ids = g.input("position_ids", i64, "batch", "sequence")
     logits_indices = g.input("logits_indices", i64, "batch", "outputs")
     hidden = g.value("model.embed_tokens", compute, "batch", "sequence", config.hidden_size)
-    g.call(embedding, "model.embed_tokens", [input_ids, g.weights["model.embed_tokens.weight"]], [hidden])
+    embedding = weights.linears["model.embed_tokens.weight"]
+    g.call(
+        "Llama4Embedding",
+        partial(trace.embedding_function, config),
+        "model.embed_tokens",
+        [input_ids],
+        [hidden],
+        {"weight": embedding},
+    )
     rope_places: list[ir.Value] = []
-    if rotary is not None:
+    if any(config.uses_rope(i) for i in range(config.num_hidden_layers)):
         half = config.head_dim // 2
         slots = g.value("rotary.slots", i64, "batch", "sequence")
         angles = [g.value(f"rotary.{name}", f32, "batch", "sequence", half) for name in ("cos", "sin")]
         rope_places = [slots, *angles]
-        g.call(rotary, "model.rotary_emb", [position_ids], rope_places)
+        g.call(
+            "Llama4RotaryTable", partial(trace.rotary_function, config), "model.rotary_emb", [position_ids], rope_places
+        )
     for i in range(config.num_hidden_layers):
-        kind = kind_of(config, i)
-        hidden = g.layer(i, kinds[kind], hidden, rope_places if kind.rope else [position_ids])
+        hidden = g.layer(i, hidden, rope_places if config.uses_rope(i) else [position_ids])
     logits = g.value("logits", f32, "batch", "outputs", config.vocab_size)
-    lm_head = g.weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    g.call(head, "lm_head", [hidden, logits_indices, g.weights["model.norm.weight"], lm_head], [logits])
-    functions = [embedding, *([rotary] if rotary is not None else []), *kinds.values(), head]
-    if any(kind.moe for kind in kinds):
-        functions += all_functions(config.num_local_experts)
-    else:
-        functions += [f for f in all_functions(1) if "Moe" not in f.name]
+    head = {
+        "norm.weight": weights.linears["model.norm.weight"],
+        "lm_head.weight": embedding if config.tie_word_embeddings else weights.linears["lm_head.weight"],
+    }
+    g.call("Llama4Head", partial(trace.head_function, config), "lm_head", [hidden, logits_indices], [logits], head)
+    functions = [*g.functions.made.values(), *functions_of(weights)]
     graph = ir.Graph(
         g.inputs,
         [logits, *g.outputs],
         nodes=g.nodes,
-        initializers=list(g.weights.values()),
+        initializers=g.initializers,
         opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION},
         name="llama4",
     )
@@ -152,6 +265,7 @@ def retarget(model: ir.Model, dtype: str) -> None:
     keep = {"logits"} | {v.name for v in model.graph.initializers.values()}
     computed = [value for node in model.graph for value in node.outputs]
     for value in [*model.graph.inputs, *computed]:
-        is_fixed = value.name in keep or str(value.name).startswith("rotary.") or str(value.name).endswith(".router")
+        name = str(value.name)
+        is_fixed = name in keep or name.startswith("rotary.") or name.endswith((".router", WIDENED))
         if value.dtype == old and not is_fixed:
             value.dtype = new

@@ -64,6 +64,9 @@ def layer_weights(config: Llama4Config, kind: LayerKind) -> dict[str, Shape]:
         "self_attn.o_proj.weight": (hidden, config.num_attention_heads * head_dim),
         "post_attention_layernorm.weight": (hidden,),
     }
+    if config.attention_bias:
+        projections = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
+        weights |= {f"{name}.bias": weights[f"{name}.weight"][:1] for name in projections}
     mlp, width = ("feed_forward.shared_expert", expert) if kind.moe else ("feed_forward", dense)
     weights |= {
         f"{mlp}.gate_proj.weight": (width, hidden),
@@ -102,6 +105,12 @@ def all_weights(config: Llama4Config) -> dict[str, Shape]:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x [..., in] @ weight [out, in].T``, the weight cast to x's type where it is used."""
     return x @ weight.to(x.dtype).T
+
+
+def projection(x: Tensor, w: Weights, name: str) -> Tensor:
+    """A Linear with a bias where the model has one."""
+    out, bias = linear(x, w[f"{name}.weight"]), w.get(f"{name}.bias")
+    return out if bias is None else out + bias.to(x.dtype)
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -144,9 +153,9 @@ def attention(
     positions. Returns the output ``[B, S, H]`` and the cache with this call's rows written.
     """
     heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    query = linear(x, w["self_attn.q_proj.weight"]).unflatten(-1, (heads, head_dim))  # [B, S, N, D]
-    key = linear(x, w["self_attn.k_proj.weight"]).unflatten(-1, (groups, head_dim))  # [B, S, G, D]
-    value = linear(x, w["self_attn.v_proj.weight"]).unflatten(-1, (groups, head_dim))
+    query = projection(x, w, "self_attn.q_proj").unflatten(-1, (heads, head_dim))  # [B, S, N, D]
+    key = projection(x, w, "self_attn.k_proj").unflatten(-1, (groups, head_dim))  # [B, S, G, D]
+    value = projection(x, w, "self_attn.v_proj").unflatten(-1, (groups, head_dim))
     if kind.rope:
         slots, cos, sin = places
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -161,7 +170,7 @@ def attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *past, slots, head_dim**-0.5
     )
     out = out.transpose(1, 2).flatten(2)  # [B, S, N * D]
-    return linear(out, w["self_attn.o_proj.weight"]), present_key, present_value
+    return projection(out, w, "self_attn.o_proj"), present_key, present_value
 
 
 def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +179,9 @@ def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
     ops = torch.ops.shuntyard
     logits = x.float() @ w["feed_forward.router.weight"].float().T
     scores, expert_offsets, permutation = ops.moe_routing(logits, top_k)
-    gate_up, down = w["feed_forward.experts.gate_up_proj"], w["feed_forward.experts.down_proj"]
-    rows = ops.moe_experts(x, scores, expert_offsets, permutation, gate_up, down, top_k)
+    fused = [w["feed_forward.experts.gate_up_proj"], w["feed_forward.experts.down_proj"]]
+    experts = config.num_local_experts
+    rows = ops.moe_experts(x, scores, expert_offsets, permutation, fused, [], top_k, experts, "fused", 0)
     shared = swiglu(x, w, "feed_forward.shared_expert")
     return ops.moe_scatter_add(shared, rows, permutation, top_k), logits
 

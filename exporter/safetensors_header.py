@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter.strict_json import parse_json
 
@@ -129,3 +133,32 @@ def read_header(path: Path) -> Header:
             f"{path}: {size - reached} bytes at its end belong to no tensor", hint="the header is wrong or incomplete"
         )
     return Header(path, size, hashlib.sha256(text).hexdigest(), tuple(tensors))
+
+
+_NUMPY: dict[str, Any] = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+
+
+def numpy_dtype(entry: TensorEntry) -> np.dtype[Any]:
+    """numpy's type for a tensor's values."""
+    return np.dtype(_NUMPY[entry.dtype])
+
+
+def read_values(entry: TensorEntry) -> NDArray[Any]:
+    """A small tensor's values, in its shape.
+
+    Raises:
+        CheckpointError: the file became shorter.
+    """
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        data = stream.read(entry.nbytes)
+    if len(data) < entry.nbytes:
+        raise CheckpointError(f"{entry.file}: ends within tensor '{entry.name}'", hint="download the file again")
+    return np.frombuffer(data, numpy_dtype(entry)).reshape(entry.shape)

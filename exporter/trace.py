@@ -26,7 +26,15 @@ from shuntyard.exporter import model
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.model import LayerKind
 from shuntyard.plugins import contract
-from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION, Op
+from shuntyard.plugins.contract import (
+    ATTRIBUTE_KINDS,
+    DOMAIN,
+    DOMAIN_VERSION,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    ExpertsForm,
+    Op,
+)
 from shuntyard.plugins.functions import OPSET
 
 COMPUTE = torch.float16
@@ -48,18 +56,20 @@ def _schemas() -> Iterator[None]:
     schema = onnx.defs.OpSchema
     types = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64")]
     for op in contract.OPS:
-        params = {name: f"T_{name}" for name in (*op.inputs, *op.outputs)}
-        attribute_types = {"scale": schema.AttrType.FLOAT}
+        # Layers are traced with plain, fused experts: two weights where the op takes lists.
+        names = (*op.inputs, *(ExpertsForm(1).weight_names if op.variadic else ()))
+        params = {name: f"T_{name}" for name in (*names, *op.outputs)}
+        kinds = {float: schema.AttrType.FLOAT, str: schema.AttrType.STRING, int: schema.AttrType.INT}
         onnx.defs.register_schema(
             schema(
                 op.name,
                 DOMAIN,
                 DOMAIN_VERSION,
-                inputs=[schema.FormalParameter(name, params[name]) for name in op.inputs],
+                inputs=[schema.FormalParameter(name, params[name]) for name in names],
                 outputs=[schema.FormalParameter(name, params[name]) for name in op.outputs],
                 type_constraints=[(param, types, "") for param in params.values()],
                 attributes=[
-                    schema.Attribute(name, attribute_types.get(name, schema.AttrType.INT), required=True)
+                    schema.Attribute(name, kinds[ATTRIBUTE_KINDS.get(name, int)], required=True)
                     for name in op.attributes
                 ],
             )
@@ -78,8 +88,21 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def routing(logits: Any, top_k: int) -> Any:
         return opset.ShuntyardMoeRouting(logits, top_k=top_k)
 
-    def experts(x: Any, scores: Any, offsets: Any, permutation: Any, gate_up: Any, down: Any, top_k: int) -> Any:
-        return opset.ShuntyardMoeExperts(x, scores, offsets, permutation, gate_up, down, top_k=top_k)
+    def moe_experts(
+        x: Any,
+        scores: Any,
+        offsets: Any,
+        permutation: Any,
+        weights: Any,
+        scales: Any,
+        top_k: int,
+        experts: int,
+        layout: str,
+        group_size: int,
+    ) -> Any:
+        assert not scales
+        form: dict[str, Any] = {"top_k": top_k, "experts": experts, "layout": layout, "group_size": group_size}
+        return opset.ShuntyardMoeExperts(x, scores, offsets, permutation, *weights, **form)
 
     def scatter_add(base: Any, rows: Any, permutation: Any, top_k: int) -> Any:
         return opset.ShuntyardMoeScatterAdd(base, rows, permutation, top_k=top_k)
@@ -87,11 +110,15 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def attention(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, slots: Any, scale: float) -> Any:
         return opset.ShuntyardCachedAttention(q, k, v, past_k, past_v, slots, scale=scale)
 
+    def dequantize(weight: Any, scale: Any, group_size: int) -> Any:
+        raise AssertionError("layers are traced with plain weights")
+
     table: dict[Op, Callable[..., Any]] = {
         contract.ROUTING: routing,
-        contract.EXPERTS: experts,
+        contract.EXPERTS: moe_experts,
         contract.SCATTER_ADD: scatter_add,
         contract.CACHED_ATTENTION: attention,
+        contract.DEQUANTIZE: dequantize,
     }
     return {_torch_overload(op): translate for op, translate in table.items()}
 

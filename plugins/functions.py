@@ -7,14 +7,14 @@ zero rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from shuntyard.plugins import contract
-from shuntyard.plugins.contract import DOMAIN, Op
+from shuntyard.plugins.contract import ATTRIBUTE_KINDS, DOMAIN, ExpertsForm, Op
 
 OPSET = 24
 
@@ -46,16 +46,18 @@ class _Body(Tape):
         return self.op("Cast", [x], {"to": ir.DataType.FLOAT})
 
 
-def _function(op: Op, build: Callable[..., Sequence[ir.Value]], overload: str = "") -> ir.Function:
-    """Wraps what ``build(tape, *inputs)`` writes as the function of ``op``."""
+def _function(
+    op: Op, build: Callable[..., Sequence[ir.Value]], overload: str = "", lists: Sequence[str] = ()
+) -> ir.Function:
+    """Wraps what ``build(tape, *inputs)`` writes as the function of ``op``; ``lists`` names the variadic inputs."""
     tape = _Body()
-    inputs = [ir.val(name) for name in op.inputs]
+    inputs = [ir.val(name) for name in (*op.inputs, *lists)]
     outputs = build(tape, *inputs)
     for name, value in zip(op.outputs, outputs, strict=True):
         value.name = name
     graph = ir.Graph(inputs, outputs, nodes=tape.nodes, opset_imports={"": OPSET}, name=op.name)
-    kinds = {"scale": ir.AttributeType.FLOAT}
-    attributes = [ir.Attr(name, kinds.get(name, ir.AttributeType.INT), None) for name in op.attributes]
+    kinds = {float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING, int: ir.AttributeType.INT}
+    attributes = [ir.Attr(name, kinds[ATTRIBUTE_KINDS.get(name, int)], None) for name in op.attributes]
     function = ir.Function(DOMAIN, op.name, overload, graph=graph, attributes=attributes)
     for i, value in enumerate(v for node in graph for v in node.outputs if v.name is None):
         value.name = f"t{i}"
@@ -95,8 +97,15 @@ def _invert(tape: _Body, permutation: ir.Value) -> ir.Value:
     return tape.op("ScatterElements", [identity, index, identity], {"axis": 0})
 
 
-def moe_experts(experts: int) -> ir.Function:
-    """Grouped SwiGLU, unrolled over so many experts."""
+def experts_overload(experts: int, layout: str, quantization: str, group_size: int) -> str:
+    """What sets ``moe_experts`` of these arguments apart from others, for the nodes that call it."""
+    return ExpertsForm(experts, layout, quantization, group_size).check().overload
+
+
+def moe_experts(experts: int, layout: str = "fused", quantization: str = "none", group_size: int = 0) -> ir.Function:
+    """Grouped SwiGLU, unrolled over so many experts, for weights of one form (``contract.ExpertsForm``)."""
+    form = ExpertsForm(experts, layout, quantization, group_size).check()
+    count = len(form.weight_names)
 
     def build(
         tape: _Body,
@@ -104,8 +113,7 @@ def moe_experts(experts: int) -> ir.Function:
         scores: ir.Value,
         expert_offsets: ir.Value,
         permutation: ir.Value,
-        gate_up: ir.Value,
-        down: ir.Value,
+        *lists: ir.Value,
     ) -> tuple[ir.Value]:
         op = tape.op
         top_k = op("Cast", [tape.attribute("top_k")], {"to": ir.DataType.INT32})
@@ -115,20 +123,59 @@ def moe_experts(experts: int) -> ir.Function:
         offsets = tape.op_multi_out(
             "Split", [expert_offsets], {"axis": 0, "num_outputs": experts + 1}, num_outputs=experts + 1
         )
-        gates_ups = _each_expert(tape, op("CastLike", [gate_up, x]), experts)
-        downs = _each_expert(tape, op("CastLike", [down, x]), experts)
+        matrices = _matrices(tape, form, x, lists[:count], lists[count:])
         rows = []
         for e in range(experts):
             own = op("Slice", [scaled, offsets[e], offsets[e + 1], tape.const([0], np.int32)])
-            both = op("MatMul", [own, gates_ups[e]])
-            gate, up = tape.op_multi_out("Split", [both], {"axis": 1, "num_outputs": 2}, num_outputs=2)
+            products = [op("MatMul", [own, part[e]]) for part in matrices[:-1]]
+            if len(products) == 1:
+                products = list(tape.op_multi_out("Split", products, {"axis": 1, "num_outputs": 2}, num_outputs=2))
+            gate, up = products
             wide = tape.as_float(gate)
             silu = op("Mul", [wide, op("Sigmoid", [wide])])
             hidden = op("CastLike", [op("Mul", [silu, tape.as_float(up)]), x])
-            rows.append(op("MatMul", [hidden, downs[e]]))
+            rows.append(op("MatMul", [hidden, matrices[-1][e]]))
         return (op("Concat", rows, {"axis": 0}),)
 
-    return _function(contract.EXPERTS, build)
+    return _function(contract.EXPERTS, build, form.overload, [*form.weight_names, *form.scale_names])
+
+
+def _matrices(
+    tape: _Body, form: ExpertsForm, x: ir.Value, weights: Sequence[ir.Value], scales: Sequence[ir.Value]
+) -> list[list[ir.Value]]:
+    """For each of ``form.parts`` the experts' matrices ``[in, out]`` in x's type; constants, once they are folded."""
+    matrices = []
+    for i, weight in enumerate(weights):
+        if scales:
+            weight = _scaled(tape, form, weight, scales[i])
+        matrix = tape.op("CastLike", [weight, x])
+        matrices.append(tape.op("Transpose", [matrix], {"perm": [1, 0]}) if form.layout == "linear" else matrix)
+    if form.layout == "fused":
+        return [_each_expert(tape, stacked, form.experts) for stacked in matrices]
+    return [matrices[i : i + form.experts] for i in range(0, len(matrices), form.experts)]
+
+
+def _scaled(tape: _Body, form: ExpertsForm, weight: ir.Value, scale: ir.Value) -> ir.Value:
+    """A weight times its scale, in fp32.
+
+    No DequantizeLinear: ONNX Runtime keeps it for a quantised product that it may find, and so does not fold it.
+    """
+    if form.quantization == "group":
+        return _group_scaled(tape, weight, scale, tape.const([0, -1, form.group_size]))
+    each_expert = form.layout == "fused" and form.quantization == "channel"
+    shape = [form.experts, 1, -1] if each_expert else [-1, 1] if form.layout == "linear" else [1, -1]
+    factor = tape.op("Reshape", [tape.as_float(scale), tape.const(shape)])
+    return tape.op("Mul", [tape.as_float(weight), factor])
+
+
+def _group_scaled(tape: _Body, weight: ir.Value, scale: ir.Value, groups: ir.Value) -> ir.Value:
+    """``UINT4 [out, in]``, ``scale [out, in/group]`` -> f32 ``[out, in]``; ``groups`` is the shape ``0, -1, group``.
+
+    Exact but for the one product: a nibble less 8 is a small integer.
+    """
+    values = tape.op("Sub", [tape.op("Reshape", [tape.as_float(weight), groups]), tape.const(8.0, np.float32)])
+    factor = tape.op("Unsqueeze", [tape.as_float(scale), tape.const([2])])
+    return tape.op("Reshape", [tape.op("Mul", [values, factor]), tape.const([0, -1])])
 
 
 def _each_expert(tape: _Body, stacked: ir.Value, experts: int) -> list[ir.Value]:
@@ -179,6 +226,34 @@ def cached_attention() -> ir.Function:
     return _function(contract.CACHED_ATTENTION, build)
 
 
-def all_functions(experts: int) -> list[ir.Function]:
-    """The four functions, for a model of so many experts."""
-    return [moe_routing(), moe_experts(experts), moe_scatter_add(), cached_attention()]
+DEQUANTIZE_FORMS = ("tensor", "channel", "group")
+"""The overloads of ``dequantize``, called as the quantisations of ``contract.ExpertsForm``."""
+
+
+def dequantize(form: str) -> ir.Function:
+    """A quantised weight ``[out, in]`` in fp32, for a scale of one of ``DEQUANTIZE_FORMS``."""
+    if form not in DEQUANTIZE_FORMS:
+        raise ValueError(f"form is {form!r}, must be one of {', '.join(DEQUANTIZE_FORMS)}")
+
+    def build(tape: _Body, weight: ir.Value, scale: ir.Value) -> tuple[ir.Value]:
+        op = tape.op
+        if form == "group":
+            groups = op("Concat", [tape.const([0, -1]), tape.attribute("group_size")], {"axis": 0})
+            return (_group_scaled(tape, weight, scale, groups),)
+        factor = op("Reshape", [tape.as_float(scale), tape.const([-1, 1])])
+        return (op("Mul", [tape.as_float(weight), factor]),)
+
+    return _function(contract.DEQUANTIZE, build, form)
+
+
+def all_functions(experts: Iterable[ExpertsForm], dequantized: Iterable[str] = ()) -> list[ir.Function]:
+    """The functions of a model whose experts and dequantised Linears are of these forms.
+
+    Raises:
+        ValueError: the forms are of several numbers of experts, which ``overload`` would not always tell apart.
+    """
+    forms = sorted(set(experts))
+    if len({form.experts for form in forms}) > 1:
+        raise ValueError(f"the experts of one model come in the forms {', '.join(map(str, forms))}")
+    moe = [moe_routing(), *(moe_experts(*form) for form in forms), moe_scatter_add()] if forms else []
+    return [*moe, cached_attention(), *(dequantize(form) for form in sorted(set(dequantized)))]

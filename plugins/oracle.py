@@ -5,10 +5,14 @@ Written for reading, loop by loop from :mod:`shuntyard.plugins.contract`; shapes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from shuntyard.plugins.contract import ExpertsForm, experts_form
 
 Array = NDArray[Any]
 
@@ -39,20 +43,80 @@ def moe_routing(logits: Array, top_k: int) -> tuple[Array, Array, Array]:
     return slot_scores[permutation], expert_offsets, permutation
 
 
+def dequantize(weight: Array, scale: Array, group_size: int) -> Array:
+    """A quantised weight ``[out, in]`` in fp32, see the contract; INT4 comes as ``int32 [out, in/8]``.
+
+    Raises:
+        ValueError: weight or scale are not what the contract allows.
+    """
+    if weight.dtype != (np.int32 if group_size else ml_dtypes.float8_e4m3fn):
+        raise ValueError(f"weights are of {weight.dtype} with group_size {group_size}")
+    if group_size == 0:
+        values = weight.astype(np.float32)
+        if scale.size not in (1, len(weight)):
+            raise ValueError(f"a scale of {scale.size} elements for {len(weight)} out channels")
+        return values * scale.astype(np.float32).reshape(-1, 1)
+    words = weight.view(np.uint32)
+    nibbles = np.stack([words >> np.uint32(4 * i) & np.uint32(15) for i in range(8)], axis=2).reshape(len(words), -1)
+    values = nibbles.astype(np.float32) - 8
+    if scale.size * group_size != values.size or values.shape[1] % group_size:
+        raise ValueError(f"a scale of {scale.size} elements for groups of {group_size} in {list(values.shape)}")
+    return values * np.repeat(scale.astype(np.float32).reshape(len(values), -1), group_size, axis=1)
+
+
+def _expert(
+    form: ExpertsForm, e: int, weights: Sequence[Array], scales: Sequence[Array], dtype: Any
+) -> tuple[Array, Array, Array]:
+    """Gate, up ``[H, F]`` and down ``[F, H]`` of one expert, rounded to a type and then in fp32."""
+    parts = []
+    for part in range(len(form.parts)):
+        if form.layout == "fused":
+            weight, scale = weights[part][e], scales[part] if scales else None
+            if scale is not None and scale.size > 1:
+                scale = scale.reshape(form.experts, -1)[e]
+        else:
+            i = part * form.experts + e
+            weight, scale = weights[i], scales[i] if scales else None
+        if form.layout != "linear":
+            weight = weight.T  # to [out, in]
+        if scale is not None:
+            weight = dequantize(weight, scale, form.group_size)
+        parts.append(weight.astype(dtype).astype(np.float32).T)
+    if form.layout != "linear":
+        parts[:1] = np.split(parts[0], 2, axis=1)
+    gate, up, down = parts
+    return gate, up, down
+
+
 def moe_experts(
-    x: Array, scores: Array, expert_offsets: Array, permutation: Array, gate_up: Array, down: Array, top_k: int
+    x: Array,
+    scores: Array,
+    expert_offsets: Array,
+    permutation: Array,
+    weights: Sequence[Array],
+    scales: Sequence[Array],
+    top_k: int,
+    experts: int,
+    layout: str,
+    group_size: int,
 ) -> Array:
-    """Grouped SwiGLU, see the contract. Returns ``rows [T*K, H]`` of x's type."""
+    """Grouped SwiGLU, see the contract. Returns ``rows [T*K, H]`` of x's type.
+
+    Raises:
+        ValueError: the shapes of weights and scales are in no form that the contract knows.
+    """
+    shapes = ([array.shape for array in arrays] for arrays in (weights, scales))
+    form = experts_form(experts, layout, group_size, x.shape[1], *shapes)
     dtype = x.dtype
     rows = np.zeros((len(permutation), x.shape[1]), dtype)
-    for e in range(len(expert_offsets) - 1):
+    for e in range(experts):
         own = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
         tokens = permutation[own] // top_k
+        gate, up, down = _expert(form, e, weights, scales, dtype)
         scaled = (x[tokens].astype(np.float32) * scores[own, None]).astype(dtype).astype(np.float32)
-        both = (scaled @ gate_up[e].astype(dtype).astype(np.float32)).astype(dtype).astype(np.float32)
-        gate, up = np.split(both, 2, axis=1)
-        hidden = (gate * _sigmoid(gate) * up).astype(dtype).astype(np.float32)
-        rows[own] = (hidden @ down[e].astype(dtype).astype(np.float32)).astype(dtype)
+        gated, raised = ((scaled @ w).astype(dtype).astype(np.float32) for w in (gate, up))
+        hidden = (gated * _sigmoid(gated) * raised).astype(dtype).astype(np.float32)
+        rows[own] = (hidden @ down).astype(dtype)
     return rows
 
 

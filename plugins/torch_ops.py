@@ -5,11 +5,14 @@ Importing this module registers ``torch.ops.shuntyard.*``. Semantics and shapes:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from shuntyard.plugins.contract import ExpertsForm, experts_form
 
 
 @torch.library.custom_op("shuntyard::moe_routing", mutates_args=())
@@ -40,11 +43,83 @@ def _(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _unpacked(weight: Tensor) -> Tensor:
+    """``int32 [out, in/8]``, each 8 nibbles with the lowest first, stored as value + 8 -> f32 ``[out, in]``."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+    return ((weight[..., None] >> shifts & 15) - 8).flatten(-2).float()
+
+
+def _dequantized(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """``weight [out, in]`` in f32; the scale is of the tensor, of each out channel, or of each group."""
+    if group_size == 0:
+        return weight.float() * scale.float().reshape(-1, 1)
+    factors = scale.float().reshape(weight.shape[0], -1, 1)  # [out, groups, 1]
+    return (_unpacked(weight).view(*factors.shape[:2], group_size) * factors).flatten(1)
+
+
+def _check_types(weights: Sequence[Tensor], scales: Sequence[Tensor], group_size: int) -> None:
+    floats = {torch.float32, torch.float16, torch.bfloat16}
+    allowed = {torch.int32} if group_size else {torch.float8_e4m3fn} if scales else floats
+    for what, tensors, types in (("weights", weights, allowed), ("scales", scales, floats)):
+        found = {tensor.dtype for tensor in tensors}
+        if len(found) > 1 or not found <= types:
+            raise ValueError(
+                f"{what} are of {', '.join(sorted(map(str, found)))}, must all be of one of "
+                f"{', '.join(sorted(map(str, types)))}"
+            )
+
+
+def _experts_form(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], experts: int, layout: str, group_size: int
+) -> ExpertsForm:
+    """The form of the weights, whose types and shapes are checked.
+
+    Raises:
+        ValueError: they are in no form that there is.
+    """
+    _check_types(weights, scales, group_size)
+    shapes = ([tuple(tensor.shape) for tensor in tensors] for tensors in (weights, scales))
+    return experts_form(experts, layout, group_size, x.shape[1], *shapes)
+
+
+def _matrices(
+    form: ExpertsForm, e: int, weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """The matrices ``[out, in]`` of one expert, in the order of ``form.parts``, rounded to a type."""
+    matrices = []
+    for part in range(len(form.parts)):
+        i = part if form.layout == "fused" else part * form.experts + e
+        weight = weights[i][e] if form.layout == "fused" else weights[i]
+        if form.layout != "linear":
+            weight = weight.T
+        if scales:
+            scale = scales[i]
+            if form.layout == "fused" and form.quantization == "channel":
+                scale = scale.reshape(form.experts, -1)[e]
+            weight = _dequantized(weight, scale, form.group_size)
+        matrices.append(weight.to(dtype))
+    return matrices
+
+
 @torch.library.custom_op("shuntyard::moe_experts", mutates_args=())
 def moe_experts(
-    x: Tensor, scores: Tensor, expert_offsets: Tensor, permutation: Tensor, gate_up: Tensor, down: Tensor, top_k: int
+    x: Tensor,
+    scores: Tensor,
+    expert_offsets: Tensor,
+    permutation: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    top_k: int,
+    experts: int,
+    layout: str,
+    group_size: int,
 ) -> Tensor:
-    """Grouped SwiGLU over the permuted tokens, scores scaling the input -> ``rows [T*K, H]``."""
+    """Grouped SwiGLU over the permuted tokens, scores scaling the input -> ``rows [T*K, H]``.
+
+    Raises:
+        ValueError: the weights are in no form that the contract knows.
+    """
+    form = _experts_form(x, weights, scales, experts, layout, group_size)
     tokens = torch.div(permutation, top_k, rounding_mode="floor")
     scaled = (x[tokens].float() * scores[:, None]).to(x.dtype)
     rows = x.new_empty(len(permutation), x.shape[1])
@@ -52,17 +127,59 @@ def moe_experts(
     for e, (first, end) in enumerate(pairwise(offsets)):
         if first == end:
             continue
-        gate, up = (scaled[first:end] @ gate_up[e].to(x.dtype)).chunk(2, dim=1)
+        *into, down = _matrices(form, e, weights, scales, x.dtype)
+        products = [scaled[first:end] @ matrix.T for matrix in into]
+        gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
         hidden = (functional.silu(gate.float()) * up.float()).to(x.dtype)
-        rows[first:end] = hidden @ down[e].to(x.dtype)
+        rows[first:end] = hidden @ down.T
     return rows
 
 
 @moe_experts.register_fake
 def _(
-    x: Tensor, scores: Tensor, expert_offsets: Tensor, permutation: Tensor, gate_up: Tensor, down: Tensor, top_k: int
+    x: Tensor,
+    scores: Tensor,
+    expert_offsets: Tensor,
+    permutation: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    top_k: int,
+    experts: int,
+    layout: str,
+    group_size: int,
 ) -> Tensor:
+    _experts_form(x, weights, scales, experts, layout, group_size)
     return x.new_empty(permutation.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("shuntyard::dequantize", mutates_args=())
+def dequantize(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """A quantised weight of one Linear, ``[out, in]`` -> f32 ``[out, in]``.
+
+    Raises:
+        ValueError: weight and scale are in no form that the contract knows.
+    """
+    _check_quantized(weight, scale, group_size)
+    return _dequantized(weight, scale, group_size)
+
+
+@dequantize.register_fake
+def _(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    _check_quantized(weight, scale, group_size)
+    values = 8 if group_size else 1
+    return weight.new_empty(weight.shape[0], weight.shape[1] * values, dtype=torch.float32)
+
+
+def _check_quantized(weight: Tensor, scale: Tensor, group_size: int) -> None:
+    _check_types([weight], [scale], group_size)
+    out, columns = weight.shape
+    if group_size and columns * 8 % group_size:
+        raise ValueError(f"{columns * 8} columns are no multiple of the group size {group_size}")
+    sizes = (out * (columns * 8 // group_size),) if group_size else (1, out)
+    if scale.numel() not in sizes:
+        raise ValueError(
+            f"a weight of {list(weight.shape)} with group_size {group_size} cannot have a scale of {list(scale.shape)}"
+        )
 
 
 @torch.library.custom_op("shuntyard::moe_scatter_add", mutates_args=())

@@ -63,7 +63,9 @@ def random_weights(config: Llama4Config, seed: int = 0, dtype: torch.dtype = tor
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in all_weights(config).items():
-        if len(shape) == 1:
+        if name.endswith(".bias"):
+            tensor = torch.randn(shape, generator=generator) * 0.5
+        elif len(shape) == 1:
             tensor = 0.5 + torch.rand(shape, generator=generator)
         else:
             # Linear weights are [out, in], the experts' are [E, in, out].

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from shuntyard.errors import CheckpointError, EngineError
-from shuntyard.exporter.config import load_config
+from shuntyard.exporter.config_file import load_config_file
 
 LARGEST_FREQUENCY_ERROR = 2e-6
 """transformers' frequencies are float32: so much may they be off, relatively, and no more."""
@@ -71,7 +71,7 @@ class Reference:
                     f"{checkpoint}: transformers reports {what.replace('_', ' ')}: {names[0]} (of {len(names)})",
                     hint="a reference with uninitialised or ignored weights proves nothing",
                 )
-        config = load_config(checkpoint / "config.json")
+        config = load_config_file(checkpoint / "config.json").text
         rotary = model.model.rotary_emb
         exact = config.rope.inverse_frequencies(config.head_dim)
         off = np.abs(rotary.inv_freq.double().numpy() / exact - 1).max()

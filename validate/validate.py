@@ -20,8 +20,9 @@ from shuntyard.engines.engine import Engine, open_engine
 from shuntyard.engines.manifest import sha256_of
 from shuntyard.engines.text import Tokenizer
 from shuntyard.errors import EngineError, NotFiniteError
-from shuntyard.exporter.checkpoint import Checkpoint, match_weights, open_checkpoint
+from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
 from shuntyard.exporter.values import check_finite
+from shuntyard.exporter.weights import match_weights
 from shuntyard.validate import metrics
 from shuntyard.validate.reference import Reference
 from shuntyard.validate.report import Check, Report
@@ -59,7 +60,7 @@ def validate(
     plan = plan or Plan()
     engine = open_engine(engine_path, verify=True)
     checkpoint = open_checkpoint(checkpoint_path)
-    check_finite(match_weights(checkpoint)[0].values())
+    check_finite(match_weights(checkpoint))
     tolerance = TOLERANCES[engine.manifest.dtype]
     if engine.manifest.vocab_size != checkpoint.config.vocab_size:
         raise EngineError(

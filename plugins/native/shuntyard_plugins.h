@@ -23,11 +23,13 @@ enum shuntyard_type {
     SHUNTYARD_FP32 = 0,
     SHUNTYARD_FP16 = 1,
     SHUNTYARD_BF16 = 2,
+    SHUNTYARD_E4M3 = 3,  // FP8; weights of experts only
+    SHUNTYARD_INT4 = 4,  // 8 in an int32, the lowest nibble first, stored as value + 8; weights of experts only
 };
 
 enum shuntyard_status {
     SHUNTYARD_OK = 0,
-    SHUNTYARD_INVALID_ARGUMENT = -1,  // an extent, a type or a top_k that cannot be
+    SHUNTYARD_INVALID_ARGUMENT = -1,  // an extent, a type, a form of weights or a top_k that cannot be
     SHUNTYARD_WORKSPACE_TOO_SMALL = -2,
     SHUNTYARD_NO_KERNELS = -3,  // the library was built without nvcc
 };
@@ -45,15 +47,44 @@ SHUNTYARD_API int shuntyard_moe_routing(const float* logits, float* scores, int3
                                         int32_t* permutation, int64_t tokens, int64_t experts, int64_t top_k,
                                         void* workspace, size_t workspace_size, void* stream);
 
-// x [T, H], scores f32 [T*K], expert_offsets i32 [E+1], permutation i32 [T*K], gate_up [E, H, 2F], down [E, F, H]
-// -> rows [T*K, H] of x's type.
+// How the weights of the experts are cut: contract.LAYOUTS.
+enum shuntyard_layout {
+    SHUNTYARD_FUSED = 0,   // gate_up [E, H, 2F] (gate first), down [E, F, H]
+    SHUNTYARD_SPLIT = 1,   // E times gate_up [H, 2F], E times down [F, H]
+    SHUNTYARD_LINEAR = 2,  // E times gate [F, H], E times up [F, H], E times down [H, F]
+};
+
+// What one scale belongs to: contract.QUANTIZATIONS.
+enum shuntyard_scaling {
+    SHUNTYARD_UNSCALED = 0,     // weights of FP32, FP16 or BF16
+    SHUNTYARD_PER_TENSOR = 1,   // E4M3; one scale for each weight in the list
+    SHUNTYARD_PER_CHANNEL = 2,  // E4M3; one for each out channel, and each expert
+    SHUNTYARD_PER_GROUP = 3,    // INT4 of layout LINEAR; scales [out, in / group_size]; in is a multiple of 8, too
+};
+
+// The weights of all experts. The lists are on the host, what they point to is on the device. A kernel gets them by
+// value, so they may be gone when the call returns.
+struct shuntyard_expert_weights {
+    int layout;
+    int type;
+    int scaling;
+    int scale_type;              // FP32, FP16 or BF16; of no meaning if unscaled
+    int64_t group_size;          // of no meaning but per group
+    const void* const* weights;  // 2, 2E or 3E, by the layout
+    const void* const* scales;   // as many; of no meaning if unscaled
+};
+
+enum {
+    SHUNTYARD_MAX_EXPERTS = 512
+};
+
+// x [T, H], scores f32 [T*K], expert_offsets i32 [E+1], permutation i32 [T*K], weights -> rows [T*K, H] of x's type.
 SHUNTYARD_API size_t shuntyard_moe_experts_workspace(int x_type, int64_t tokens, int64_t top_k, int64_t hidden,
                                                      int64_t intermediate);
-SHUNTYARD_API int shuntyard_moe_experts(int x_type, int weight_type, const void* x, const float* scores,
-                                        const int32_t* expert_offsets, const int32_t* permutation, const void* gate_up,
-                                        const void* down, void* rows, int64_t tokens, int64_t experts, int64_t top_k,
-                                        int64_t hidden, int64_t intermediate, void* workspace, size_t workspace_size,
-                                        void* stream);
+SHUNTYARD_API int shuntyard_moe_experts(int x_type, const struct shuntyard_expert_weights* weights, const void* x,
+                                        const float* scores, const int32_t* expert_offsets, const int32_t* permutation,
+                                        void* rows, int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,
+                                        int64_t intermediate, void* workspace, size_t workspace_size, void* stream);
 
 // base [T, H], rows [T*K, H], permutation i32 [T*K] -> out [T, H]. out may be base.
 SHUNTYARD_API size_t shuntyard_moe_scatter_add_workspace(int64_t tokens, int64_t top_k);

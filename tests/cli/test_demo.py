@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from shuntyard.cli import main
 from shuntyard.engines.manifest import load_manifest
-from shuntyard.exporter.config import load_config
+from shuntyard.exporter.config_file import load_config_file
 from shuntyard.validate.demo import held_out_text, miniature
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -42,7 +42,7 @@ def test_the_engine_is_transformers(result: Result) -> None:
 
 
 def test_decoding_crosses_chunk_edges(result: Result) -> None:
-    config, report = load_config(miniature() / "config.json"), json.loads(result.stdout)["report"]
+    config, report = load_config_file(miniature() / "config.json").text, json.loads(result.stdout)["report"]
     assert config.attention_chunk_size == 64
     length = report["tokens"] // 8
     assert length // 64 - (length - 96) // 64 >= 1  # an edge within the 96 decoded tokens

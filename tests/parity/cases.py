@@ -67,6 +67,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "attn_scale": draw(st.sampled_from([0.0, 0.1, 0.5])),
         "attn_temperature_tuning": draw(st.booleans()),
         "use_qk_norm": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
         "rope_parameters": draw(rope_sections()),

@@ -16,14 +16,25 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from tests.plugins.test_faces import FORMATS, Array, logits_of, oracle
+from shuntyard.plugins import contract
+from shuntyard.plugins.contract import ExpertsForm
+from tests.plugins.forms import FORMATS, FP8, Array, Weights, fitting, make_weights
+from tests.plugins.test_experts import activations_of
+from tests.plugins.test_faces import logits_of, oracle, sizes
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "plugins" / "native"
 
 OK, INVALID_ARGUMENT, WORKSPACE_TOO_SMALL, NO_KERNELS = 0, -1, -2, -3  # of shuntyard_plugins.h
-TYPE_CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+TYPE_CODES = {
+    np.dtype(np.float32): 0,
+    np.dtype(np.float16): 1,
+    np.dtype(ml_dtypes.bfloat16): 2,
+    np.dtype(FP8): 3,
+    np.dtype(np.int32): 4,
+}
 _PROT_NONE = 0  # mmap does not name it
 
 
@@ -109,6 +120,50 @@ class Memory:
 PLAIN = Memory()
 
 
+# More tokens than the other faces get: none, and enough for the slots to fill several of routing's chunks of 64.
+cases = st.builds(
+    lambda case, tokens, experts: {**case, "T": tokens, "E": experts},
+    sizes,
+    st.sampled_from([0, 1, 2, 7, 33, 64, 65, 130]),
+    st.one_of(st.integers(1, 17), st.just(300)),
+)
+formats = st.sampled_from(list(FORMATS))
+memories = st.builds(Memory, at_start=st.booleans())
+CHUNKS: dict[str, Any] = {"T": 130, "E": 5, "K": 4, "H": 8, "F": 5, "skew": "ties", "seed": 1}
+ALL_FILLS = (0xFF, 0x00, 0x7B)  # NaN, zero, and a large number in every float format
+
+
+class ExpertWeights(ctypes.Structure):
+    """``struct shuntyard_expert_weights``."""
+
+    _fields_ = (
+        ("layout", ctypes.c_int),
+        ("type", ctypes.c_int),
+        ("scaling", ctypes.c_int),
+        ("scale_type", ctypes.c_int),
+        ("group_size", ctypes.c_int64),
+        ("weights", ctypes.POINTER(ctypes.c_void_p)),
+        ("scales", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+def expert_weights(made: Weights, weights: Sequence[Fenced], scales: Sequence[Fenced]) -> ExpertWeights:
+    """The struct for weights and scales that lie in such memory"""
+
+    def addresses(memories: Sequence[Fenced]) -> Any:
+        return (ctypes.c_void_p * len(memories))(*(memory.address for memory in memories))
+
+    return ExpertWeights(
+        contract.LAYOUTS.index(made.form.layout),
+        TYPE_CODES[made.weights[0].dtype],
+        contract.QUANTIZATIONS.index(made.form.quantization),
+        TYPE_CODES[made.scales[0].dtype] if made.scales else -1,
+        made.form.group_size,
+        addresses(weights),
+        addresses(scales) if scales else None,
+    )
+
+
 class Native:
     """The C interface of a plugin library; with the host build, arrays take the place of device memory."""
 
@@ -126,12 +181,19 @@ class Native:
         return int(query(*map(ctypes.c_int64, sizes if name == "moe_routing" else sizes[:2])))
 
     def launch(
-        self, name: str, types: tuple[int, ...], tensors: list[Fenced], sizes: tuple[int, ...], workspace: Fenced
+        self,
+        name: str,
+        types: tuple[int, ...],
+        tensors: list[Fenced],
+        sizes: tuple[int, ...],
+        workspace: Fenced,
+        weights: ExpertWeights | None = None,
     ) -> int:
         """The call itself; returns its status."""
         function = getattr(self.library, f"shuntyard_{name}")
         status: int = function(
             *map(ctypes.c_int, types),
+            *([] if weights is None else [ctypes.byref(weights)]),
             *(ctypes.c_void_p(tensor.address) for tensor in tensors),
             *map(ctypes.c_int64, sizes),
             ctypes.c_void_p(workspace.address),
@@ -150,18 +212,25 @@ class Native:
         outputs: Sequence[tuple[tuple[int, ...], Any]],
         sizes: tuple[int, ...],
         memory: Memory,
+        made: Weights | None = None,
     ) -> tuple[int, list[Array]]:
         """Status and outputs of a call whose workspace has just the size asked for; inputs must stay as they are."""
-        given = [Fenced.holding(array, memory.at_start) for array in inputs]
-        made = [
+        read = [*inputs, *(made.arrays if made is not None else [])]
+        given = [Fenced.holding(array, memory.at_start) for array in read]
+        results = [
             Fenced(int(np.prod(shape)) * np.dtype(dtype).itemsize, memory.fill, memory.at_start)
             for shape, dtype in outputs
         ]
+        weights = None
+        if made is not None:
+            first, end = len(inputs), len(inputs) + len(made.weights)
+            weights = expert_weights(made, given[first:end], given[end:])
         size = self.workspace_size(name, types, sizes) - memory.missing
-        status = self.launch(name, types, [*given, *made], sizes, Fenced(size, memory.fill, memory.at_start))
-        for before, after in zip(inputs, given, strict=True):
-            assert before.tobytes() == after.bytes.tobytes(), "an input was changed"
-        return status, [m.array(shape, dtype) for m, (shape, dtype) in zip(made, outputs, strict=True)]
+        workspace = Fenced(size, memory.fill, memory.at_start)
+        status = self.launch(name, types, [*given[: len(inputs)], *results], sizes, workspace, weights)
+        for before, after in zip(read, given, strict=True):
+            assert np.ascontiguousarray(before).tobytes() == after.bytes.tobytes(), "an input was changed"
+        return status, [m.array(shape, dtype) for m, (shape, dtype) in zip(results, outputs, strict=True)]
 
     def routing(self, logits: Array, top_k: int, memory: Memory = PLAIN) -> tuple[int, list[Array]]:
         """``ShuntyardMoeRouting``: status and scores, expert_offsets, permutation."""
@@ -170,14 +239,14 @@ class Native:
         outputs = [((rows,), np.float32), ((experts + 1,), np.int32), ((rows,), np.int32)]
         return self.call("moe_routing", (), [logits], outputs, (tokens, experts, top_k), memory)
 
-    def experts(self, feeds: dict[str, Array], top_k: int, memory: Memory = PLAIN) -> tuple[int, Array]:
+    def experts(self, feeds: dict[str, Array], made: Weights, top_k: int, memory: Memory = PLAIN) -> tuple[int, Array]:
         """``ShuntyardMoeExperts``: status and rows."""
         tokens, hidden = feeds["x"].shape
-        experts, intermediate, _ = feeds["down"].shape
-        types = (TYPE_CODES[feeds["x"].dtype], TYPE_CODES[feeds["down"].dtype])
-        sizes = (tokens, experts, top_k, hidden, intermediate)
+        experts, width = made.form.experts, made.width
+        sizes = (tokens, experts, top_k, hidden, width)
         outputs = [((tokens * top_k, hidden), feeds["x"].dtype)]
-        status, (rows,) = self.call("moe_experts", types, list(feeds.values()), outputs, sizes, memory)
+        types = (TYPE_CODES[feeds["x"].dtype],)
+        status, (rows,) = self.call("moe_experts", types, list(feeds.values()), outputs, sizes, memory, made)
         return status, rows
 
     def scatter_add(self, feeds: dict[str, Array], top_k: int, memory: Memory = PLAIN) -> tuple[int, Array]:
@@ -190,21 +259,15 @@ class Native:
         return status, out
 
 
-def feeds_of(case: dict[str, Any], compute: str, stored: str) -> tuple[dict[str, Array], int]:
-    """Inputs of the experts op, and K."""
-    logits, top_k = logits_of(case)
-    scores, offsets, permutation = oracle.moe_routing(logits, top_k)
+def feeds_of(
+    case: dict[str, Any], compute: str, stored: str, form: ExpertsForm | None = None
+) -> tuple[dict[str, Array], Weights, int]:
+    """Inputs of the experts op, its weights, and K."""
+    form = form or ExpertsForm(case["E"])
+    case = fitting(case, form)
+    feeds, top_k = activations_of(case, compute)
     rng = np.random.default_rng(case["seed"])
-    experts, hidden, width = case["E"], case["H"], case["F"]
-    feeds: dict[str, Array] = {
-        "x": rng.normal(size=(case["T"], hidden)).astype(FORMATS[compute]),
-        "scores": scores,
-        "expert_offsets": offsets,
-        "permutation": permutation,
-        "gate_up": (rng.normal(size=(experts, hidden, 2 * width)) / hidden**0.5).astype(FORMATS[stored]),
-        "down": (rng.normal(size=(experts, width, hidden)) / width**0.5).astype(FORMATS[stored]),
-    }
-    return feeds, top_k
+    return feeds, make_weights(rng, form, case["H"], case["F"], stored, flat_scales=case["seed"] % 2 == 0), top_k
 
 
 def scatter_feeds_of(case: dict[str, Any], compute: str) -> tuple[dict[str, Array], int]:
@@ -218,3 +281,23 @@ def scatter_feeds_of(case: dict[str, Any], compute: str) -> tuple[dict[str, Arra
         "permutation": permutation,
     }
     return feeds, top_k
+
+
+def broken(rng: np.random.Generator, count: int, near: int) -> Array:
+    """Indices of which some are right, some just wrong, and some far off."""
+    far = rng.integers(-(2**31), 2**31, size=count)
+    limits = rng.choice([-(2**31), -1, near, near + 1, 2**31 - 1], size=count)
+    close = rng.integers(-3, near + 4, size=count)
+    return np.choose(rng.choice(4, size=count, p=[0.1, 0.1, 0.4, 0.4]), [far, limits, close, abs(close) % near]).astype(
+        np.int32
+    )
+
+
+def same_numbers(got: Array, expected: Array) -> None:
+    """The same bits, but a NaN may be any NaN."""
+    assert got.dtype == expected.dtype
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        nan = np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(got), nan)
+    bits = f"u{got.dtype.itemsize}"
+    np.testing.assert_array_equal(got[~nan].view(bits), expected[~nan].view(bits))

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from shuntyard.plugins import contract, functions, torch_ops
 from shuntyard.plugins import oracle as typed_oracle
 from tests.driver import open_session
+from tests.plugins.forms import FORMATS, Array, to_numpy, to_torch
 from tests.tolerances import ONE_OP
 
 oracle: Any = typed_oracle  # its arguments come in one dictionary here
-Array = NDArray[Any]
-FORMATS = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IR = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 ONNX_FORMATS = ("fp32", "fp16")  # ONNX Runtime's CPU provider does not compute in bf16
 
@@ -59,32 +56,42 @@ def logits_of(case: dict[str, Any]) -> tuple[Array, int]:
     return logits.astype(np.float32), min(case["K"], experts)
 
 
-def to_torch(array: Array) -> torch.Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def to_numpy(tensor: torch.Tensor) -> Array:
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def in_onnxruntime(
-    op: contract.Op, body: ir.Function, feeds: dict[str, Array], attributes: dict[str, Any], types: list[ir.DataType]
-) -> list[Array]:
-    """Runs a graph of one node that calls the function."""
+def graph_of_one(
+    op: contract.Op,
+    body: ir.Function,
+    feeds: dict[str, Array],
+    attributes: dict[str, Any],
+    types: list[ir.DataType],
+    constants: Sequence[ir.Value] = (),
+) -> bytes:
+    """A model of one node that calls the function, on inputs like ``feeds`` and then on initializers."""
     inputs = [
         ir.Value(name=n, type=ir.TensorType(ir.DataType.from_numpy(a.dtype)), shape=ir.Shape([None] * a.ndim))
         for n, a in feeds.items()
     ]
     outputs = [ir.Value(name=n, type=ir.TensorType(t)) for n, t in zip(op.outputs, types, strict=True)]
-    node = ir.node(op.name, inputs, attributes, domain=contract.DOMAIN, outputs=outputs)
+    given = [
+        ir.Attr(n, {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING}[type(v)], v)
+        for n, v in attributes.items()
+    ]
+    node = ir.Node(contract.DOMAIN, op.name, [*inputs, *constants], given, overload=body.overload, outputs=outputs)
     imports = {"": functions.OPSET, contract.DOMAIN: contract.DOMAIN_VERSION}
-    graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports=imports, name="one")
-    proto = ir.to_proto(ir.Model(graph, ir_version=11, functions=[body]))
-    results: list[Array] = open_session(proto.SerializeToString()).run(None, feeds)
+    graph = ir.Graph(inputs, outputs, nodes=[node], initializers=constants, opset_imports=imports, name="one")
+    data: bytes = ir.to_proto(ir.Model(graph, ir_version=11, functions=[body])).SerializeToString()
+    return data
+
+
+def in_onnxruntime(
+    op: contract.Op,
+    body: ir.Function,
+    feeds: dict[str, Array],
+    attributes: dict[str, Any],
+    types: list[ir.DataType],
+    constants: Sequence[ir.Value] = (),
+) -> list[Array]:
+    """Runs such a model."""
+    model = graph_of_one(op, body, feeds, attributes, types, constants)
+    results: list[Array] = open_session(model).run(None, feeds)
     return results
 
 
@@ -124,33 +131,6 @@ def test_routing_is_what_the_contract_says(case: dict[str, Any]) -> None:
     chosen = np.asarray([logits[slot // top_k, e] for e, slot in slots], np.float64)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(scores, 1 / (1 + np.exp(-chosen)), rtol=1e-6, atol=1e-38)
-
-
-@settings(max_examples=40)
-@given(sizes, st.sampled_from(list(FORMATS)), st.sampled_from(list(FORMATS)))
-@example(ONE_EXPERT, "fp16", "bf16")
-def test_experts(case: dict[str, Any], compute: str, stored: str) -> None:
-    logits, top_k = logits_of(case)
-    scores, offsets, permutation = oracle.moe_routing(logits, top_k)
-    rng = np.random.default_rng(case["seed"])
-    experts, hidden, width = case["E"], case["H"], case["F"]
-    if compute != "bf16" and stored == "bf16":
-        stored = "fp32"  # ONNX Runtime gets its inputs by way of numpy, which has no bf16; exported models test it
-    feeds: dict[str, Array] = {
-        "x": rng.normal(size=(case["T"], hidden)).astype(FORMATS[compute]),
-        "scores": scores,
-        "expert_offsets": offsets,
-        "permutation": permutation,
-        "gate_up": (rng.normal(size=(experts, hidden, 2 * width)) / hidden**0.5).astype(FORMATS[stored]),
-        "down": (rng.normal(size=(experts, width, hidden)) / width**0.5).astype(FORMATS[stored]),
-    }
-    expected = oracle.moe_experts(*feeds.values(), top_k=top_k)
-    in_torch = torch.ops.shuntyard.moe_experts(*(to_torch(a) for a in feeds.values()), top_k)
-    ONE_OP[compute].check(to_numpy(in_torch), expected)
-    if compute in ONNX_FORMATS:
-        body = functions.moe_experts(experts)
-        (rows,) = in_onnxruntime(contract.EXPERTS, body, feeds, {"top_k": top_k}, [IR[compute]])
-        ONE_OP[compute].check(rows, expected)
 
 
 @settings(max_examples=40)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import subprocess
 from typing import Any
 
@@ -13,7 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.plugins.forms import FORMATS, FP8, Array, pack
 from tests.plugins.native_build import (
+    ALL_FILLS,
+    CHUNKS,
     INVALID_ARGUMENT,
     NO_KERNELS,
     OK,
@@ -24,42 +26,15 @@ from tests.plugins.native_build import (
     Fenced,
     Memory,
     Native,
+    broken,
+    cases,
     feeds_of,
+    formats,
+    memories,
+    same_numbers,
     scatter_feeds_of,
 )
-from tests.plugins.test_faces import FORMATS, Array, logits_of, oracle, same_routing, sizes
-from tests.tolerances import ONE_OP
-
-# More tokens than the other faces get: none, and enough for the slots to fill several of routing's chunks of 64.
-cases = st.builds(
-    lambda case, tokens, experts: {**case, "T": tokens, "E": experts},
-    sizes,
-    st.sampled_from([0, 1, 2, 7, 33, 64, 65, 130]),
-    st.one_of(st.integers(1, 17), st.just(300)),
-)
-formats = st.sampled_from(list(FORMATS))
-memories = st.builds(Memory, at_start=st.booleans())
-CHUNKS: dict[str, Any] = {"T": 130, "E": 5, "K": 4, "H": 8, "F": 5, "skew": "ties", "seed": 1}
-ALL_FILLS = (0xFF, 0x00, 0x7B)  # NaN, zero, and a large number in every float format
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> CMakeBuild:
-    build = CMakeBuild(tmp_path_factory.mktemp("native"), "SHUNTYARD_BUILD_TESTS=ON")
-    assert build.status == 0, build.configured
-    status, text = build.build()
-    assert status == 0, text
-    return build
-
-
-@pytest.fixture(scope="module")
-def on_host(built: CMakeBuild) -> Native:
-    return Native(built.directory / "plugins/native/tests/libshuntyard_on_host.so")
-
-
-@pytest.fixture(scope="module")
-def without_kernels(built: CMakeBuild) -> Native:
-    return Native(built.directory / "plugins/native/libshuntyard_plugins.so")
+from tests.plugins.test_faces import logits_of, oracle, same_routing
 
 
 @pytest.mark.parametrize(
@@ -70,16 +45,6 @@ def test_plugins_do_what_tensorrt_asks(built: CMakeBuild, library: str, mode: st
     command = [str(native / "tests/shuntyard_driver"), str(native / library), mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "all is well\n"), done.stdout + done.stderr
-
-
-def same_numbers(got: Array, expected: Array) -> None:
-    """The same bits, but a NaN may be any NaN."""
-    assert got.dtype == expected.dtype
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        nan = np.isnan(expected)
-        np.testing.assert_array_equal(np.isnan(got), nan)
-    bits = f"u{got.dtype.itemsize}"
-    np.testing.assert_array_equal(got[~nan].view(bits), expected[~nan].view(bits))
 
 
 @settings(max_examples=150)
@@ -110,55 +75,6 @@ def test_routing_ranks_nan_behind_every_number(on_host: Native) -> None:
     assert np.isnan(chosen).any()
 
 
-@settings(max_examples=150)
-@given(case=cases, compute=formats, stored=formats, memory=memories)
-@example(case={**CHUNKS, "skew": "one expert"}, compute="fp16", stored="bf16", memory=PLAIN)
-def test_experts(on_host: Native, case: dict[str, Any], compute: str, stored: str, memory: Memory) -> None:
-    feeds, top_k = feeds_of(case, compute, stored)
-    status, rows = on_host.experts(feeds, top_k, memory)
-    assert status == OK
-    ONE_OP[compute].check(rows, oracle.moe_experts(*feeds.values(), top_k=top_k))
-
-
-@pytest.mark.parametrize(("compute", "stored"), list(itertools.product(FORMATS, FORMATS)))
-def test_experts_in_every_pair_of_formats(on_host: Native, compute: str, stored: str) -> None:
-    """With enough rows an expert that tiles of every height occur."""
-    feeds, top_k = feeds_of({**CHUNKS, "T": 60, "H": 32, "F": 24}, compute, stored)
-    status, rows = on_host.experts(feeds, top_k)
-    assert {size % 8 for size in np.diff(feeds["expert_offsets"])} > {0} and status == OK
-    ONE_OP[compute].check(rows, oracle.moe_experts(*feeds.values(), top_k=top_k))
-
-
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
-def test_experts_round_where_the_contract_says(on_host: Native, compute: str) -> None:
-    """Without sums only exp() is left to differ: a rounding that is missing or too many moves far more rows."""
-    feeds, _ = feeds_of({**CHUNKS, "T": 3000, "K": 1, "H": 1, "F": 1}, compute, compute)
-    _, rows = on_host.experts(feeds, 1)
-    assert (rows == oracle.moe_experts(*feeds.values(), top_k=1)).mean() > 0.99
-
-
-def test_rows_do_not_depend_on_the_tile_they_fall_into(on_host: Native) -> None:
-    """One expert's rows, 1 to 17 at a time: each row has the bits that it has alone."""
-    rng = np.random.default_rng(0)
-    all_feeds = {
-        "x": rng.normal(size=(17, 9)).astype(np.float32),
-        "scores": rng.uniform(size=17).astype(np.float32),
-        "expert_offsets": np.asarray([0, 17], np.int32),
-        "permutation": np.arange(17, dtype=np.int32),
-        "gate_up": rng.normal(size=(1, 9, 14)).astype(np.float32),
-        "down": rng.normal(size=(1, 7, 9)).astype(np.float32),
-    }
-    alone = []
-    for t in range(17):
-        one = {**all_feeds, "x": all_feeds["x"][t : t + 1], "scores": all_feeds["scores"][t : t + 1]}
-        one |= {"expert_offsets": np.asarray([0, 1], np.int32), "permutation": np.zeros(1, np.int32)}
-        alone.append(on_host.experts(one, 1)[1][0])
-    for count in range(1, 18):
-        feeds = {**all_feeds, **{name: all_feeds[name][:count] for name in ("x", "scores", "permutation")}}
-        feeds["expert_offsets"] = np.asarray([0, count], np.int32)
-        np.testing.assert_array_equal(on_host.experts(feeds, 1)[1], np.stack(alone[:count]))
-
-
 @settings(max_examples=100)
 @given(case=cases, compute=formats, memory=memories)
 def test_scatter_add(on_host: Native, case: dict[str, Any], compute: str, memory: Memory) -> None:
@@ -177,64 +93,6 @@ def test_scatter_add_in_place(on_host: Native, compute: str) -> None:
     assert on_host.launch("moe_scatter_add", types, [base, rows, permutation, base], extents, workspace) == OK
     out = base.array(feeds["base"].shape, feeds["base"].dtype)
     same_numbers(out, oracle.moe_scatter_add(*feeds.values(), top_k=top_k))
-
-
-# -- broken indices: no stray access, and nothing of what memory held before
-
-
-def broken(rng: np.random.Generator, count: int, near: int) -> Array:
-    """Indices of which some are right, some just wrong, and some far off."""
-    far = rng.integers(-(2**31), 2**31, size=count)
-    limits = rng.choice([-(2**31), -1, near, near + 1, 2**31 - 1], size=count)
-    close = rng.integers(-3, near + 4, size=count)
-    return np.choose(rng.choice(4, size=count, p=[0.1, 0.1, 0.4, 0.4]), [far, limits, close, abs(close) % near]).astype(
-        np.int32
-    )
-
-
-@settings(max_examples=200)
-@given(
-    seed=st.integers(0, 2**16),
-    tokens=st.sampled_from([1, 5, 20]),
-    top_k=st.integers(1, 3),
-    experts=st.sampled_from([3, 4, 9]),
-    order=st.booleans(),
-    at_start=st.booleans(),
-)
-def test_experts_with_broken_indices(
-    on_host: Native, seed: int, tokens: int, top_k: int, experts: int, order: bool, at_start: bool
-) -> None:
-    """Each row is NaN, or what an expert that claims it makes of it; whatever memory held before."""
-    rng = np.random.default_rng(seed)
-    case = {**CHUNKS, "T": tokens, "K": top_k, "E": experts, "H": 6, "F": 3, "seed": seed}
-    feeds, _ = feeds_of(case, "fp32", "fp32")
-    rows_count = tokens * top_k
-    offsets = broken(rng, experts + 1, rows_count)
-    feeds["expert_offsets"] = np.sort(offsets) if order else offsets
-    feeds["permutation"] = broken(rng, rows_count, rows_count)
-
-    results = []
-    for fill in ALL_FILLS:
-        status, rows = on_host.experts(feeds, top_k, Memory(fill, at_start))
-        assert status == OK
-        results.append(rows)
-    for rows in results[1:]:
-        np.testing.assert_array_equal(rows, results[0], err_msg="the result depends on stale memory")
-
-    exists = (feeds["permutation"] >= 0) & (feeds["permutation"] < rows_count)
-    harmless = {**feeds, "permutation": np.where(exists, feeds["permutation"], 0).astype(np.int32)}
-    candidates = []
-    for e in range(experts):
-        harmless["expert_offsets"] = np.where(np.arange(experts + 1) <= e, 0, rows_count)
-        candidates.append(oracle.moe_experts(*harmless.values(), top_k=top_k))
-    for i, row in enumerate(results[0]):
-        claims = [e for e in range(experts) if feeds["expert_offsets"][e] <= i < feeds["expert_offsets"][e + 1]]
-        if np.isnan(row).all():
-            # Rising offsets leave no doubt about a row's expert.
-            assert not (order and claims and exists[i]), (i, claims)
-            continue
-        assert exists[i] and claims, (i, claims, exists[i])
-        assert any(np.allclose(row, candidates[e][i], rtol=1e-5, atol=1e-6) for e in claims), (i, claims)
 
 
 @settings(max_examples=150)
@@ -274,18 +132,11 @@ REFUSED: dict[tuple[str, tuple[int, ...]], list[tuple[int, ...]]] = {
         *[(-1, 4, 1), (1, 0, 1), (1, -1, 1), (1, MOST, 1), (1, 4, 0), (1, 4, -1), (1, 4, 5)],
         *[(2**30, 4, 2), (2**62, 4, 4), (MOST, 2**20, 1)],
     ],
-    ("moe_experts", (0, 0)): [  # T, E, K, H, F
-        *[(-1, 4, 1, 2, 2), (1, 0, 1, 2, 2), (1, MOST, 1, 2, 2), (1, 4, 0, 2, 2), (1, 4, 5, 2, 2)],
-        *[(1, 4, 1, 0, 2), (1, 4, 1, 2, 0), (1, 4, 1, WIDEST + 1, 2), (1, 4, 1, 2, WIDEST + 1)],
-        *[(2**30, 4, 2, 2, 2), (2**62, 4, 4, 2, 2)],
-    ],
-    **{("moe_experts", types): [(0, 4, 1, 2, 2), (1, 4, 1, 2, 2)] for types in [(3, 0), (-1, 0), (0, 3), (0, -1)]},
     ("moe_scatter_add", (0,)): [  # T, K, H
         *[(-1, 1, 2), (1, 0, 2), (1, 1, 0), (1, 1, WIDEST + 1), (2**30, 2, 2), (2**62, 4, 2)]
     ],
     **{("moe_scatter_add", (type_,)): [(0, 1, 2), (1, 1, 2)] for type_ in (3, -1)},
 }
-TENSORS = {"moe_routing": 4, "moe_experts": 7, "moe_scatter_add": 4}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +144,7 @@ TENSORS = {"moe_routing": 4, "moe_experts": 7, "moe_scatter_add": 4}
 )
 def test_invalid_arguments(on_host: Native, name: str, types: tuple[int, ...], extents: tuple[int, ...]) -> None:
     """Refused before anything is touched: the tensors here have no bytes."""
-    tensors = [Fenced(0) for _ in range(TENSORS[name])]
+    tensors = [Fenced(0) for _ in range(4)]
     assert on_host.launch(name, types, tensors, extents, Fenced(1 << 16)) == INVALID_ARGUMENT
     assert on_host.workspace_size(name, types, extents) <= 1 << 16
 
@@ -303,7 +154,7 @@ def test_workspace_too_small(on_host: Native, missing: int) -> None:
     memory = Memory(fill=0x7B, missing=missing)
     logits, top_k = logits_of(CHUNKS)
     routing_status, routed = on_host.routing(logits, top_k, memory)
-    experts_status, rows = on_host.experts(feeds_of(CHUNKS, "fp32", "fp32")[0], top_k, memory)
+    experts_status, rows = on_host.experts(*feeds_of(CHUNKS, "fp32", "fp32"), memory)
     scatter_status, out = on_host.scatter_add(scatter_feeds_of(CHUNKS, "fp32")[0], top_k, memory)
     assert [routing_status, experts_status, scatter_status] == [WORKSPACE_TOO_SMALL] * 3
     for untouched in (*routed, rows, out):
@@ -329,7 +180,7 @@ def test_workspace_grows_with_every_extent(on_host: Native) -> None:
 def test_library_without_kernels_says_so(without_kernels: Native) -> None:
     logits, top_k = logits_of(CHUNKS)
     assert without_kernels.routing(logits, top_k)[0] == NO_KERNELS
-    assert without_kernels.experts(feeds_of(CHUNKS, "fp16", "bf16")[0], top_k)[0] == NO_KERNELS
+    assert without_kernels.experts(*feeds_of(CHUNKS, "fp16", "bf16"))[0] == NO_KERNELS
     assert without_kernels.scatter_add(scatter_feeds_of(CHUNKS, "fp16")[0], top_k)[0] == NO_KERNELS
     assert b"without CUDA kernels" in without_kernels.library.shuntyard_status_text(NO_KERNELS)
 
@@ -377,3 +228,17 @@ def test_nan_survives_narrowing(on_host: Native, name: str, dtype: Any) -> None:
     payloads = np.concatenate([1 << np.arange(23), [0x7FFFFF, 0x400000, 0x1FFF]]).astype(np.uint32)
     bits = np.concatenate([payloads | 0x7F800000, payloads | 0xFF800000]).astype(np.uint32)
     assert np.isnan(converted(on_host, f"fp32_to_{name}", bits.view(np.float32), dtype).astype(np.float32)).all()
+
+
+def test_every_fp8_code_is_read(on_host: Native) -> None:
+    every = np.arange(256, dtype=np.uint8).view(FP8)
+    same_numbers(converted(on_host, "e4m3_to_fp32", every, np.float32), every.astype(np.float32))
+
+
+def test_every_int4_value_is_read_at_every_place(on_host: Native) -> None:
+    values = np.stack([np.roll(np.arange(-8, 8), turn) for turn in range(16)])
+    made = np.zeros(values.shape, np.float32)
+    words = pack(values)
+    pointers = (ctypes.c_void_p(words.ctypes.data), ctypes.c_void_p(made.ctypes.data))
+    on_host.library.test_int4_to_fp32(*pointers, ctypes.c_int64(words.size))
+    np.testing.assert_array_equal(made, values)

@@ -149,32 +149,86 @@ def test_creators_are_the_contracts_plugins(library: Path) -> None:
     assert creators_of(library) == [Creator(op.name, version, namespace, op.attributes) for op in contract.PLUGINS]
 
 
+OP_TABLE = (NATIVE / "adapter" / "op.cpp").read_text()
+
+
 def test_table_of_ops_is_the_contracts() -> None:
     """TensorRT binds tensors by position, so the order of names in the table is all that says what they are."""
     table = re.findall(
-        r'^const Op \w+\{\s*"(\w+)",\s*\{(\{.*?\}\})\},\s*\{(\{.*?\}\})\},\s*\w+_workspace',
-        (NATIVE / "adapter" / "op.cpp").read_text(),
+        r'^const Op \w+\{\s*"(\w+)",\s*\{(\{.*?\}\})\},\s*\{(\{.*?\}\})\},\s*\{([^}]*)\},\s*(\w+),\s*\w+_workspace',
+        OP_TABLE,
         re.M | re.S,
     )
-    rows = [(name, *(tuple(re.findall(r'\{"(\w+)"', tensors)) for tensors in both)) for name, *both in table]
-    assert rows == [(op.name, op.inputs, op.outputs) for op in contract.PLUGINS]
+    rows = [
+        (
+            name,
+            *(tuple(re.findall(r'\{"(\w+)"', tensors)) for tensors in both),
+            tuple(re.findall(r'"(\w+)"', attributes)),
+            has_weights == "true",
+        )
+        for name, *both, attributes, has_weights in table
+    ]
+    assert rows == [(op.name, op.inputs, op.outputs, op.attributes, bool(op.variadic)) for op in contract.PLUGINS]
+
+
+SYMBOLS = {"T": "Tokens", "E": "Experts", "H": "Hidden", "F": "Intermediate", "T*K": "Rows", "E+1": "Offsets"}
+SYMBOLS |= {"2F": "TwiceIntermediate", "H/8": "HiddenWords", "F/8": "IntermediateWords"}
+
+
+def extents_of(shape: str) -> list[str]:
+    return [f"Extent::k{SYMBOLS[symbol]}" for symbol in shape.split(", ")]
 
 
 def test_shapes_in_the_table_are_the_contracts() -> None:
     """The contract gives every tensor's shape once, in its text: ``name [A, B]`` or ``name type [A, B]``."""
-    symbols = {"T": "Tokens", "E": "Experts", "H": "Hidden", "F": "Intermediate", "T*K": "Rows", "E+1": "Offsets"}
-    symbols["2F"] = "TwiceIntermediate"
-    text = (NATIVE / "adapter" / "op.cpp").read_text()
     assert contract.__doc__ is not None
     for op in contract.PLUGINS:
         part = re.split(r"``(Shuntyard\w+)``", contract.__doc__)
         prose = part[part.index(op.name) + 1]
-        (block,) = re.findall(rf'"{op.name}",(.*?)_workspace', text, re.S)
-        for name in (*op.inputs, *op.outputs):
+        (block,) = re.findall(rf'"{op.name}",(.*?)_workspace', OP_TABLE, re.S)
+        for name in op.inputs if op is contract.EXPERTS else (*op.inputs, *op.outputs):
             (shape,) = re.findall(rf"\b{name}(?: \w+)? \[([^]]+)\]", prose)[:1]
             (extents,) = re.findall(rf'\{{"{name}", ElementType::\w+, \{{([^}}]*)\}}\}}', block)
-            expected = [f"Extent::k{symbols[symbol]}" for symbol in shape.split(", ")]
-            assert extents.split(", ") == expected, (op.name, name)
+            assert extents.split(", ") == extents_of(shape), (op.name, name)
+
+
+@pytest.mark.parametrize("layout", contract.LAYOUTS)
+def test_layouts_in_the_table_are_the_contracts(layout: str) -> None:
+    """Names and shapes of the parts, against the contract's text and against the form that Python works with."""
+    code = f"SHUNTYARD_{layout.upper()}"
+    (table,) = re.findall(r"^const Layout\* find_layout.*?^\}", OP_TABLE, re.M | re.S)
+    blocks = re.split(r'\{"(\w+)",\s*(SHUNTYARD_\w+),\s*(true|false),', table)
+    name, found_code, each_expert, text = blocks[(place := blocks.index(layout)) : place + 4]
+    assert (name, found_code) == (layout, code)
+    parts = re.findall(r'\{"(\w+)", ElementType::kWeight, \{([^}]*)\}', text)
+    form = contract.ExpertsForm(2, layout)
+    assert (each_expert == "true") == (len(form.weight_names) > len(form.parts))
+    assert tuple(name for name, _ in parts[: len(form.parts)]) == form.parts
+    packed = parts[len(form.parts) :]
+    assert tuple(name for name, _ in packed) == (form.parts if layout == "linear" else ())
+    header = (NATIVE / "shuntyard_plugins.h").read_text()
+    assert re.search(rf"{code} = {contract.LAYOUTS.index(layout)},", header)
+
+    assert contract.__doc__ is not None
+    (row,) = re.findall(rf"^ +``{layout}``(  ?[^ :].*)$", contract.__doc__, re.M)
+    prose = dict(re.findall(r"(gate_up|gate|up|down) \[([^]]+)\]", row))
+    assert {name: extents.split(", ") for name, extents in parts[: len(form.parts)]} == {
+        name: extents_of(shape) for name, shape in prose.items()
+    }
+    sizes = {"Experts": 2, "Hidden": 16, "Intermediate": 24, "TwiceIntermediate": 48}
+    sizes |= {"HiddenWords": 2, "IntermediateWords": 3}
+    every = 2 if each_expert == "true" else 1
+    for found, quantization in ((parts[: len(form.parts)], "none"), (packed, "group")):
+        shapes = [tuple(sizes[e.removeprefix("Extent::k")] for e in extents.split(", ")) for _, extents in found]
+        given = contract.ExpertsForm(2, layout, quantization, 8).weight_shapes(16, 24)
+        assert not found or tuple(shape for shape in shapes for _ in range(every)) == given
+
+
+def test_numbers_of_the_c_interface_are_the_contracts() -> None:
+    header = (NATIVE / "shuntyard_plugins.h").read_text()
+    names = ("UNSCALED", "PER_TENSOR", "PER_CHANNEL", "PER_GROUP")
+    for quantization, name in zip(contract.QUANTIZATIONS, names, strict=True):
+        assert re.search(rf"SHUNTYARD_{name} = {contract.QUANTIZATIONS.index(quantization)},", header), name
 
 
 # -- TensorRT's binary interface, as abi/ declares it

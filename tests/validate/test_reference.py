@@ -9,7 +9,8 @@ from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
 
 from shuntyard.errors import CheckpointError
-from shuntyard.exporter.config import Rope, load_config
+from shuntyard.exporter.config import Rope
+from shuntyard.exporter.config_file import load_config_file
 from shuntyard.validate.demo import miniature
 from shuntyard.validate.reference import Reference, exact_rotation
 from tests.checkpoints import parsed, raw_config
@@ -37,7 +38,7 @@ def test_frequencies_that_transformers_does_not_share_are_refused(
 
 
 def test_generation_continues_what_logits_say() -> None:
-    reference, config = Reference(miniature()), load_config(miniature() / "config.json")
+    reference, config = Reference(miniature()), load_config_file(miniature() / "config.json").text
     prompt = [0, 100, 200, 300]
     new = reference.generate(prompt, 70)  # over a chunk's edge
     assert config.attention_chunk_size is not None

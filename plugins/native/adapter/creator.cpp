@@ -12,6 +12,17 @@ namespace {
 
 using namespace nvinfer1;
 
+// The field called so, or null.
+const PluginField* find_field(const PluginFieldCollection* fields, const char* name) {
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
+        const PluginField& field = fields->fields[i];
+        if (field.name != nullptr && std::strcmp(field.name, name) == 0) {
+            return &field;
+        }
+    }
+    return nullptr;
+}
+
 // The one integer of a field, whichever width it came in: an ONNX INT is 64 bits, and the parser may narrow it.
 std::optional<int64_t> integer_of(const PluginField& field) {
     if (field.data == nullptr || field.length != 1) {
@@ -30,52 +41,101 @@ std::optional<int64_t> integer_of(const PluginField& field) {
     return std::nullopt;
 }
 
-// Takes the integer `name` from the fields; returns what is wrong, or an empty string.
-std::string take_integer(const PluginFieldCollection* fields, const char* name, std::optional<int64_t>& value) {
-    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
-        const PluginField& field = fields->fields[i];
-        if (field.name == nullptr || std::strcmp(field.name, name) != 0) {
-            continue;
-        }
-        value = integer_of(field);
-        return value ? "" : std::string("attribute ") + name + " must be one integer";
+// The text of a field, up to its end or its first NUL: TensorRT's ONNX parser counts one in.
+std::optional<std::string> text_of(const PluginField& field) {
+    if (field.data == nullptr || field.length < 0 || field.type != PluginFieldType::kCHAR) {
+        return std::nullopt;
     }
-    return std::string("attribute ") + name + " is missing";
+    const char* text = static_cast<const char*>(field.data);
+    return std::string(text, strnlen(text, static_cast<size_t>(field.length)));
 }
 
-std::string fields_problem(const PluginFieldCollection* fields, TensorRTPhase phase, std::optional<int64_t>& top_k) {
-    if (phase == TensorRTPhase::kRUNTIME) {
-        std::optional<int64_t> version;
-        const std::string wrong = take_integer(fields, "format_version", version);
-        if (!wrong.empty()) {
-            return wrong + "; the engine was not built with this plugin library";
-        }
-        if (*version != kFormatVersion) {
-            return "the engine holds format " + std::to_string(*version) +
-                   " of this plugin, this library reads format " + std::to_string(kFormatVersion) +
-                   ": rebuild the engine, or use the shuntyard it was built with";
-        }
+struct Range {
+    int64_t least, most;
+};
+
+// Takes the integer `name` from the fields; returns what is wrong, or an empty string.
+std::string take_integer(const PluginFieldCollection* fields, const char* name, Range range, int32_t& value) {
+    const std::string attribute = std::string("attribute ") + name;
+    const PluginField* field = find_field(fields, name);
+    if (field == nullptr) {
+        return attribute + " is missing";
     }
-    const std::string wrong = take_integer(fields, "top_k", top_k);
-    if (!wrong.empty()) {
+    const std::optional<int64_t> found = integer_of(*field);
+    if (!found) {
+        return attribute + " must be one integer";
+    }
+    if (*found < range.least || *found > range.most) {
+        const std::string most = range.most == INT_MAX ? "" : ", and at most " + std::to_string(range.most);
+        return attribute + " is " + std::to_string(*found) + ", must be at least " + std::to_string(range.least) + most;
+    }
+    value = static_cast<int32_t>(*found);
+    return {};
+}
+
+std::string take_layout(const PluginFieldCollection* fields, const Layout*& layout) {
+    const PluginField* field = find_field(fields, "layout");
+    if (field == nullptr) {
+        return "attribute layout is missing";
+    }
+    const std::optional<std::string> name = text_of(*field);
+    if (!name) {
+        return "attribute layout must be a string";
+    }
+    layout = find_layout(*name);
+    return layout != nullptr ? "" : "attribute layout is '" + *name + "', must be fused, split or linear";
+}
+
+std::string take_attributes(const Op& op, const PluginFieldCollection* fields, Attributes& attributes) {
+    std::string wrong = take_integer(fields, "top_k", {1, INT_MAX}, attributes.top_k);
+    if (!op.has_weights) {
         return wrong;
     }
-    if (*top_k < 1 || *top_k > INT_MAX) {
-        return "attribute top_k is " + std::to_string(*top_k) + ", must be at least 1";
+    if (wrong.empty()) {
+        wrong = take_integer(fields, "experts", {1, SHUNTYARD_MAX_EXPERTS}, attributes.experts);
+    }
+    if (wrong.empty()) {
+        wrong = take_layout(fields, attributes.layout);
+    }
+    if (wrong.empty()) {
+        wrong = take_integer(fields, "group_size", {0, INT_MAX}, attributes.group_size);
+    }
+    if (wrong.empty() && attributes.group_size > 0 && attributes.layout->packed.empty()) {
+        wrong = std::string("there is a group_size, but INT4 weights cannot come in layout ") + attributes.layout->name;
+    }
+    return wrong;
+}
+
+std::string format_problem(const PluginFieldCollection* fields) {
+    int32_t version = 0;
+    const std::string wrong = take_integer(fields, "format_version", {0, INT_MAX}, version);
+    if (!wrong.empty()) {
+        return wrong + "; the engine was not built with this plugin library";
+    }
+    if (version != kFormatVersion) {
+        return "the engine holds format " + std::to_string(version) + " of this plugin, this library reads format " +
+               std::to_string(kFormatVersion) + ": rebuild the engine, or use the shuntyard it was built with";
     }
     return {};
 }
 
 }  // namespace
 
-Creator::Creator(const Op& op) : op_(op), field_{"top_k", nullptr, PluginFieldType::kINT32, 1}, fields_{1, &field_} {}
+Creator::Creator(const Op& op) : op_(op), fields_{static_cast<int32_t>(op.attributes.size()), fields_named_} {
+    for (size_t i = 0; i < op.attributes.size(); ++i) {
+        fields_named_[i] = field_of(op.attributes[i], nullptr);
+    }
+}
 
 IPluginV3* Creator::createPlugin(const char* name, PluginFieldCollection const* fields, TensorRTPhase phase) noexcept {
     try {
-        std::optional<int64_t> top_k;
-        const std::string wrong = fields_problem(fields, phase, top_k);
+        Attributes attributes;
+        std::string wrong = phase == TensorRTPhase::kRUNTIME ? format_problem(fields) : "";
         if (wrong.empty()) {
-            return new Plugin(op_, static_cast<int32_t>(*top_k));
+            wrong = take_attributes(op_, fields, attributes);
+        }
+        if (wrong.empty()) {
+            return new Plugin(op_, attributes);
         }
         log_error(std::string(op_.name) + " '" + (name == nullptr ? "" : name) + "': " + wrong);
     } catch (const std::exception& error) {

@@ -2,8 +2,6 @@
 
 #include <climits>
 
-#include "shuntyard_plugins.h"
-
 namespace shuntyard {
 namespace {
 
@@ -18,58 +16,64 @@ const char* describe(Extent extent) {
         case Extent::kRows: return "T*K";
         case Extent::kOffsets: return "E+1";
         case Extent::kTwiceIntermediate: return "2F";
+        case Extent::kHiddenWords: return "H/8";
+        case Extent::kIntermediateWords: return "F/8";
     }
     return "?";
 }
 
-size_t routing_workspace(const Sizes& s, const DataType*) {
+size_t routing_workspace(const Sizes& s, DataType) {
     return shuntyard_moe_routing_workspace(s[Extent::kTokens], s[Extent::kExperts], s.top_k);
 }
 
-int launch_routing(const Sizes& s, const DataType*, const void* const* in, void* const* out, void* workspace,
-                   size_t workspace_size, void* stream) {
+int launch_routing(const Sizes& s, DataType, const shuntyard_expert_weights&, const void* const* in, void* const* out,
+                   void* workspace, size_t workspace_size, void* stream) {
     return shuntyard_moe_routing(static_cast<const float*>(in[0]), static_cast<float*>(out[0]),
                                  static_cast<int32_t*>(out[1]), static_cast<int32_t*>(out[2]), s[Extent::kTokens],
                                  s[Extent::kExperts], s.top_k, workspace, workspace_size, stream);
 }
 
-size_t experts_workspace(const Sizes& s, const DataType* types) {
-    return shuntyard_moe_experts_workspace(type_code(types[0]), s[Extent::kTokens], s.top_k, s[Extent::kHidden],
+size_t experts_workspace(const Sizes& s, DataType x_type) {
+    return shuntyard_moe_experts_workspace(type_code(x_type), s[Extent::kTokens], s.top_k, s[Extent::kHidden],
                                            s[Extent::kIntermediate]);
 }
 
-int launch_experts(const Sizes& s, const DataType* types, const void* const* in, void* const* out, void* workspace,
-                   size_t workspace_size, void* stream) {
-    return shuntyard_moe_experts(type_code(types[0]), type_code(types[4]), in[0], static_cast<const float*>(in[1]),
-                                 static_cast<const int32_t*>(in[2]), static_cast<const int32_t*>(in[3]), in[4], in[5],
-                                 out[0], s[Extent::kTokens], s[Extent::kExperts], s.top_k, s[Extent::kHidden],
+int launch_experts(const Sizes& s, DataType x_type, const shuntyard_expert_weights& weights, const void* const* in,
+                   void* const* out, void* workspace, size_t workspace_size, void* stream) {
+    return shuntyard_moe_experts(type_code(x_type), &weights, in[0], static_cast<const float*>(in[1]),
+                                 static_cast<const int32_t*>(in[2]), static_cast<const int32_t*>(in[3]), out[0],
+                                 s[Extent::kTokens], s[Extent::kExperts], s.top_k, s[Extent::kHidden],
                                  s[Extent::kIntermediate], workspace, workspace_size, stream);
 }
 
-size_t scatter_add_workspace(const Sizes& s, const DataType*) {
+size_t scatter_add_workspace(const Sizes& s, DataType) {
     return shuntyard_moe_scatter_add_workspace(s[Extent::kTokens], s.top_k);
 }
 
-int launch_scatter_add(const Sizes& s, const DataType* types, const void* const* in, void* const* out, void* workspace,
-                       size_t workspace_size, void* stream) {
-    return shuntyard_moe_scatter_add(type_code(types[0]), in[0], in[1], static_cast<const int32_t*>(in[2]), out[0],
+int launch_scatter_add(const Sizes& s, DataType x_type, const shuntyard_expert_weights&, const void* const* in,
+                       void* const* out, void* workspace, size_t workspace_size, void* stream) {
+    return shuntyard_moe_scatter_add(type_code(x_type), in[0], in[1], static_cast<const int32_t*>(in[2]), out[0],
                                      s[Extent::kTokens], s.top_k, s[Extent::kHidden], workspace, workspace_size,
                                      stream);
 }
 
-// Sets `derived` from `base`, or `base` from `derived`, or checks one by the other.
+std::string relation(const Sizes& s, Extent derived) {
+    return std::string("an extent that must be ") + describe(derived) + " (K is " + std::to_string(s.top_k) + ") is " +
+           std::to_string(s[derived]);
+}
+
+// Sets `derived` from `base`, or `base` from `derived`, or checks one by the other. Makes no string while all is well:
+// it runs in enqueue, which must not allocate.
 std::string relate(Sizes& s, Extent base, Extent derived, int64_t factor, int64_t plus) {
-    const std::string relation = std::string(describe(derived)) + " (K is " + std::to_string(s.top_k) + ")";
     if (s[base] != kUnknown) {
         const int64_t value = s[base] * factor + plus;
         if (s[derived] != kUnknown && s[derived] != value) {
-            return "an extent that must be " + relation + " is " + std::to_string(s[derived]) + ", but " +
-                   describe(base) + " is " + std::to_string(s[base]);
+            return relation(s, derived) + ", but " + describe(base) + " is " + std::to_string(s[base]);
         }
         s[derived] = value;
     } else if (s[derived] != kUnknown) {
         if (s[derived] < plus || (s[derived] - plus) % factor != 0) {
-            return "an extent that must be " + relation + " is " + std::to_string(s[derived]);
+            return relation(s, derived);
         }
         s[base] = (s[derived] - plus) / factor;
     }
@@ -84,6 +88,8 @@ const Op kRouting{
     {{"scores", ElementType::kFloat32, {Extent::kRows}},
      {"expert_offsets", ElementType::kInt32, {Extent::kOffsets}},
      {"permutation", ElementType::kInt32, {Extent::kRows}}},
+    {"top_k"},
+    false,
     routing_workspace,
     launch_routing,
 };
@@ -93,10 +99,10 @@ const Op kExperts{
     {{"x", ElementType::kActivation, {Extent::kTokens, Extent::kHidden}},
      {"scores", ElementType::kFloat32, {Extent::kRows}},
      {"expert_offsets", ElementType::kInt32, {Extent::kOffsets}},
-     {"permutation", ElementType::kInt32, {Extent::kRows}},
-     {"gate_up", ElementType::kWeight, {Extent::kExperts, Extent::kHidden, Extent::kTwiceIntermediate}},
-     {"down", ElementType::kWeight, {Extent::kExperts, Extent::kIntermediate, Extent::kHidden}}},
+     {"permutation", ElementType::kInt32, {Extent::kRows}}},
     {{"rows", ElementType::kActivation, {Extent::kRows, Extent::kHidden}}},
+    {"top_k", "experts", "layout", "group_size"},
+    true,
     experts_workspace,
     launch_experts,
 };
@@ -107,19 +113,48 @@ const Op kScatterAdd{
      {"rows", ElementType::kActivation, {Extent::kRows, Extent::kHidden}},
      {"permutation", ElementType::kInt32, {Extent::kRows}}},
     {{"out", ElementType::kActivation, {Extent::kTokens, Extent::kHidden}}},
+    {"top_k"},
+    false,
     scatter_add_workspace,
     launch_scatter_add,
 };
+
+const Layout* find_layout(const std::string& name) {
+    static const Layout layouts[] = {
+        {"fused",
+         SHUNTYARD_FUSED,
+         false,
+         {{"gate_up", ElementType::kWeight, {Extent::kExperts, Extent::kHidden, Extent::kTwiceIntermediate}},
+          {"down", ElementType::kWeight, {Extent::kExperts, Extent::kIntermediate, Extent::kHidden}}},
+         {}},
+        {"split",
+         SHUNTYARD_SPLIT,
+         true,
+         {{"gate_up", ElementType::kWeight, {Extent::kHidden, Extent::kTwiceIntermediate}},
+          {"down", ElementType::kWeight, {Extent::kIntermediate, Extent::kHidden}}},
+         {}},
+        {"linear",
+         SHUNTYARD_LINEAR,
+         true,
+         {{"gate", ElementType::kWeight, {Extent::kIntermediate, Extent::kHidden}},
+          {"up", ElementType::kWeight, {Extent::kIntermediate, Extent::kHidden}},
+          {"down", ElementType::kWeight, {Extent::kHidden, Extent::kIntermediate}}},
+         {{"gate", ElementType::kWeight, {Extent::kIntermediate, Extent::kHiddenWords}},
+          {"up", ElementType::kWeight, {Extent::kIntermediate, Extent::kHiddenWords}},
+          {"down", ElementType::kWeight, {Extent::kHidden, Extent::kIntermediateWords}}}},
+    };
+    for (const Layout& layout : layouts) {
+        if (name == layout.name) {
+            return &layout;
+        }
+    }
+    return nullptr;
+}
 
 Sizes::Sizes(int64_t top_k_) : top_k(top_k_) {
     for (int64_t& value : values) {
         value = kUnknown;
     }
-}
-
-const Tensor& Op::tensor(int32_t index) const {
-    const int32_t in = static_cast<int32_t>(inputs.size());
-    return index < in ? inputs[index] : outputs[index - in];
 }
 
 int type_code(DataType type) {
@@ -131,10 +166,17 @@ int type_code(DataType type) {
     }
 }
 
+int weight_code(DataType type) {
+    switch (type) {
+        case DataType::kFP8: return SHUNTYARD_E4M3;
+        case DataType::kINT32: return SHUNTYARD_INT4;
+        default: return type_code(type);
+    }
+}
+
 std::string bind(const Tensor& tensor, const nvinfer1::Dims& dims, Sizes& sizes) {
     if (dims.nbDims != static_cast<int32_t>(tensor.shape.size())) {
-        return std::string(tensor.name) + " has rank " + std::to_string(dims.nbDims) + ", must have rank " +
-               std::to_string(tensor.shape.size());
+        return "has rank " + std::to_string(dims.nbDims) + ", must have rank " + std::to_string(tensor.shape.size());
     }
     for (int32_t i = 0; i < dims.nbDims; ++i) {
         if (dims.d[i] < 0) {
@@ -142,8 +184,8 @@ std::string bind(const Tensor& tensor, const nvinfer1::Dims& dims, Sizes& sizes)
         }
         const Extent extent = tensor.shape[i];
         if (sizes[extent] != kUnknown && sizes[extent] != dims.d[i]) {
-            return std::string(tensor.name) + " has extent " + std::to_string(dims.d[i]) + " in dimension " +
-                   std::to_string(i) + ", but another tensor says that " + describe(extent) + " is " +
+            return "has extent " + std::to_string(dims.d[i]) + " in dimension " + std::to_string(i) +
+                   ", but another tensor or an attribute says that " + describe(extent) + " is " +
                    std::to_string(sizes[extent]);
         }
         sizes[extent] = dims.d[i];
@@ -158,6 +200,12 @@ std::string settle(Sizes& s) {
     }
     if (wrong.empty()) {
         wrong = relate(s, Extent::kIntermediate, Extent::kTwiceIntermediate, 2, 0);
+    }
+    if (wrong.empty() && s[Extent::kHiddenWords] != kUnknown) {
+        wrong = relate(s, Extent::kHiddenWords, Extent::kHidden, 8, 0);
+    }
+    if (wrong.empty() && s[Extent::kIntermediateWords] != kUnknown) {
+        wrong = relate(s, Extent::kIntermediateWords, Extent::kIntermediate, 8, 0);
     }
     if (!wrong.empty()) {
         return wrong;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "abi/types.h"
+#include "shuntyard_plugins.h"
 
 namespace shuntyard {
 
@@ -24,20 +25,23 @@ enum class Extent : int {
     kRows,               // T * K
     kOffsets,            // E + 1
     kTwiceIntermediate,  // 2F
+    kHiddenWords,        // H / 8, of INT4 weights
+    kIntermediateWords,  // F / 8
 };
-constexpr int kExtents = 7;
+constexpr int kExtents = 9;
 
 enum class ElementType {
     kFloat32,
     kInt32,
     kActivation,  // fp32, fp16 or bf16; one type for all such tensors of an op
-    kWeight,      // fp32, fp16 or bf16; one type for all such tensors of an op
+    kWeight,      // one type for all such tensors of an op; which, follows from scales and attributes
+    kScale,       // fp32, fp16 or bf16; one type for all such tensors of an op
 };
 
 struct Tensor {
     const char* name;
     ElementType type;
-    std::vector<Extent> shape;
+    std::vector<Extent> shape;  // of a scale: empty, since it is known by its number of elements
 };
 
 // The value of every extent, as far as it is known.
@@ -52,25 +56,41 @@ struct Sizes {
 
 struct Op {
     const char* name;
-    std::vector<Tensor> inputs;
+    std::vector<Tensor> inputs;  // the fixed ones, before the experts' weights and scales
     std::vector<Tensor> outputs;
-    size_t (*workspace)(const Sizes& sizes, const nvinfer1::DataType* types);
-    int (*launch)(const Sizes& sizes, const nvinfer1::DataType* types, const void* const* inputs, void* const* outputs,
-                  void* workspace, size_t workspace_size, void* stream);
-
-    int32_t tensors() const { return static_cast<int32_t>(inputs.size() + outputs.size()); }
-    // Inputs first, then outputs: the order of supportsFormatCombination.
-    const Tensor& tensor(int32_t index) const;
+    std::vector<const char*> attributes;
+    bool has_weights;
+    size_t (*workspace)(const Sizes& sizes, nvinfer1::DataType x_type);
+    int (*launch)(const Sizes& sizes, nvinfer1::DataType x_type, const shuntyard_expert_weights& weights,
+                  const void* const* inputs, void* const* outputs, void* workspace, size_t workspace_size,
+                  void* stream);
 };
 
 extern const Op kRouting;
 extern const Op kExperts;
 extern const Op kScatterAdd;
 
-// The C interface's number of a tensor type; one that no kernel takes where there is none.
+// How the weights of the experts are cut.
+struct Layout {
+    const char* name;
+    int code;          // of shuntyard_layout
+    bool each_expert;  // every part is as many tensors as there are experts
+    std::vector<Tensor> parts;
+    std::vector<Tensor> packed;  // the same as INT4, if there is such a form
+
+    const std::vector<Tensor>& parts_of(int64_t group_size) const { return group_size > 0 ? packed : parts; }
+};
+
+// The layout called so, or null.
+const Layout* find_layout(const std::string& name);
+
+// The C interface's number of a type that kernels compute in; one that no kernel takes where there is none.
 int type_code(nvinfer1::DataType type);
 
-// Takes over the extents of `dims`; where that cannot be, returns what is wrong, else an empty string.
+// The C interface's number of a type of weights; INT4 comes as int32 words.
+int weight_code(nvinfer1::DataType type);
+
+// Takes over the extents of `dims`; where that cannot be, returns what is wrong with the tensor, else an empty string.
 std::string bind(const Tensor& tensor, const nvinfer1::Dims& dims, Sizes& sizes);
 
 // Derives extents from one another and checks them; returns what is wrong, or an empty string.

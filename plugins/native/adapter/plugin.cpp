@@ -1,5 +1,7 @@
 #include "adapter/plugin.h"
 
+#include <algorithm>
+#include <cstring>
 #include <exception>
 
 #include "adapter/log.h"
@@ -10,43 +12,81 @@ namespace {
 
 using namespace nvinfer1;
 
-constexpr int32_t kMaxTensors = 7;
-
-bool is_float(DataType type) { return type_code(type) >= 0; }
-
-const char* name_of(DataType type) {
-    switch (type) {
-        case DataType::kFLOAT: return "fp32";
-        case DataType::kHALF: return "fp16";
-        case DataType::kINT8: return "int8";
-        case DataType::kINT32: return "int32";
-        case DataType::kBOOL: return "bool";
-        case DataType::kUINT8: return "uint8";
-        case DataType::kFP8: return "fp8";
-        case DataType::kBF16: return "bf16";
-        case DataType::kINT64: return "int64";
-        case DataType::kINT4: return "int4";
-    }
-    return "a type unknown to this library";
-}
-
 const Dims& dims_of(const PluginTensorDesc& tensor) { return tensor.dims; }
 const Dims& dims_of(const DynamicPluginTensorDesc& tensor) { return tensor.desc.dims; }
 
-// The extents that the tensors agree on; `wrong` is what they do not agree on, or stays empty.
+Dims dims_of(const DimsExprs& expressions) {
+    Dims known{expressions.nbDims, {}};
+    for (int32_t d = 0; d < known.nbDims; ++d) {
+        known.d[d] = expressions.d[d]->isConstant() ? expressions.d[d]->getConstantValue() : kUnknown;
+    }
+    return known;
+}
+
+int64_t elements_of(const Dims& dims) {
+    int64_t elements = 1;
+    for (int32_t d = 0; d < dims.nbDims; ++d) {
+        if (dims.d[d] < 0) {
+            return kUnknown;
+        }
+        elements *= dims.d[d];
+    }
+    return elements;
+}
+
+// What the tensors agree on; `wrong` is what they do not agree on, or stays empty.
+struct Agreed {
+    Sizes sizes;
+    int scaling;
+    std::string wrong;
+};
+
+// What a scale belongs to, told by how many elements it has; sizes are settled, but may be unknown while building.
 template <typename Desc>
-Sizes sizes_of(const Op& op, int32_t top_k, const Desc* in, const Desc* out, std::string& wrong) {
-    Sizes sizes(top_k);
-    for (size_t i = 0; wrong.empty() && i < op.inputs.size(); ++i) {
-        wrong = bind(op.inputs[i], dims_of(in[i]), sizes);
+void agree_on_scales(const Signature& signature, const Desc* in, int32_t nb_inputs, Agreed& agreed) {
+    agreed.wrong = signature.group_problem(agreed.sizes);
+    if (!signature.is_scaled(nb_inputs) || !agreed.wrong.empty()) {
+        return;
     }
-    for (size_t i = 0; wrong.empty() && i < op.outputs.size(); ++i) {
-        wrong = bind(op.outputs[i], dims_of(out[i]), sizes);
+    const bool grouped = signature.attributes().group_size > 0;
+    agreed.scaling = grouped ? SHUNTYARD_PER_GROUP : SHUNTYARD_PER_TENSOR;
+    for (int32_t i = signature.first_scale(); !grouped && i < nb_inputs; ++i) {
+        if (elements_of(dims_of(in[i])) != 1) {
+            agreed.scaling = SHUNTYARD_PER_CHANNEL;
+        }
     }
-    if (wrong.empty()) {
-        wrong = settle(sizes);
+    for (int32_t i = signature.first_scale(); i < nb_inputs; ++i) {
+        const int64_t has = elements_of(dims_of(in[i]));
+        const int64_t many = signature.scale_elements(i, agreed.sizes);
+        const int64_t must_have = agreed.scaling == SHUNTYARD_PER_TENSOR ? 1 : many;
+        if (has != kUnknown && must_have != kUnknown && has != must_have) {
+            agreed.wrong = signature.label(i, nb_inputs) + " has " + std::to_string(has) + " elements, must have " +
+                           (grouped ? "" : "1 or ") + std::to_string(many) + (grouped ? "" : ", and all scales alike");
+            return;
+        }
     }
-    return sizes;
+}
+
+template <typename Desc>
+Agreed agree(const Signature& signature, const Desc* in, int32_t nb_inputs, const Desc* out) {
+    Agreed agreed{signature.unbound(), SHUNTYARD_UNSCALED, {}};
+    const int32_t outputs = out == nullptr ? 0 : static_cast<int32_t>(signature.op().outputs.size());
+    for (int32_t i = 0; i < nb_inputs + outputs; ++i) {
+        const Tensor& tensor = signature.tensor(i, nb_inputs);
+        if (tensor.type == ElementType::kScale) {
+            continue;
+        }
+        agreed.wrong = bind(tensor, dims_of(i < nb_inputs ? in[i] : out[i - nb_inputs]), agreed.sizes);
+        if (!agreed.wrong.empty()) {
+            agreed.wrong = signature.label(i, nb_inputs) + " " + agreed.wrong;
+            return agreed;
+        }
+    }
+    agreed.wrong = settle(agreed.sizes);
+    if (agreed.wrong.empty()) {
+        agree_on_scales(signature, in, nb_inputs, agreed);
+    }
+    return agreed;
 }
 
 // The expression of an output's extent: an input's, if one has it, or made from one that it follows from.
@@ -69,45 +109,32 @@ const IDimensionExpr* expression_of(Extent extent, const Op& op, int32_t top_k, 
 
 }  // namespace
 
-Plugin::Plugin(const Op& op, int32_t top_k)
-    : op_(op),
-      top_k_(top_k),
-      stored_fields_{{"format_version", &format_version_, PluginFieldType::kINT32, 1},
-                     {"top_k", &top_k_, PluginFieldType::kINT32, 1}},
-      stored_{2, stored_fields_} {}
+PluginField field_of(const char* name, const Attributes* attributes) {
+    if (std::strcmp(name, "layout") == 0) {
+        const char* text = attributes == nullptr ? nullptr : attributes->layout->name;
+        return {name, text, PluginFieldType::kCHAR, text == nullptr ? 1 : static_cast<int32_t>(std::strlen(text) + 1)};
+    }
+    const int32_t* value = nullptr;
+    if (attributes != nullptr) {
+        value = std::strcmp(name, "top_k") == 0     ? &attributes->top_k
+                : std::strcmp(name, "experts") == 0 ? &attributes->experts
+                                                    : &attributes->group_size;
+    }
+    return {name, value, PluginFieldType::kINT32, 1};
+}
+
+Plugin::Plugin(const Op& op, const Attributes& attributes)
+    : signature_(op, attributes),
+      stored_fields_{{"format_version", &format_version_, PluginFieldType::kINT32, 1}},
+      stored_{static_cast<int32_t>(1 + op.attributes.size()), stored_fields_} {
+    for (size_t i = 0; i < op.attributes.size(); ++i) {
+        stored_fields_[1 + i] = field_of(op.attributes[i], &signature_.attributes());
+    }
+}
 
 int32_t Plugin::refuse(const std::string& what) const noexcept {
-    log_error(std::string(op_.name) + ": " + what);
+    log_error(std::string(signature_.op().name) + ": " + what);
     return -1;
-}
-
-std::string Plugin::count_problem(int32_t nb_inputs, int32_t nb_outputs) const {
-    const int32_t in = static_cast<int32_t>(op_.inputs.size());
-    const int32_t out = static_cast<int32_t>(op_.outputs.size());
-    if (nb_inputs == in && nb_outputs == out) {
-        return {};
-    }
-    return "takes " + std::to_string(in) + " inputs and gives " + std::to_string(out) + ", not " +
-           std::to_string(nb_inputs) + " and " + std::to_string(nb_outputs);
-}
-
-std::string Plugin::type_problem(int32_t index, const DataType* types) const {
-    const Tensor& tensor = op_.tensor(index);
-    const std::string has = std::string(tensor.name) + " is " + name_of(types[index]) + ", must be ";
-    switch (tensor.type) {
-        case ElementType::kFloat32: return types[index] == DataType::kFLOAT ? "" : has + "fp32";
-        case ElementType::kInt32: return types[index] == DataType::kINT32 ? "" : has + "int32";
-        case ElementType::kActivation:
-        case ElementType::kWeight: break;
-    }
-    for (int32_t earlier = 0; earlier < index; ++earlier) {
-        if (op_.tensor(earlier).type == tensor.type) {
-            return types[index] == types[earlier]
-                       ? ""
-                       : has + name_of(types[earlier]) + ", as " + op_.tensor(earlier).name + " is";
-        }
-    }
-    return is_float(types[index]) ? "" : has + "fp32, fp16 or bf16";
 }
 
 IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
@@ -122,7 +149,7 @@ IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noe
 
 IPluginV3* Plugin::clone() noexcept {
     try {
-        return new Plugin(op_, top_k_);
+        return new Plugin(signature_.op(), signature_.attributes());
     } catch (const std::exception& error) {
         refuse(std::string("cannot be cloned: ") + error.what());
         return nullptr;
@@ -133,31 +160,33 @@ IPluginV3* Plugin::attachToContext(IPluginResourceContext*) noexcept { return cl
 
 int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                                 DynamicPluginTensorDesc const* out, int32_t nb_outputs) noexcept {
-    std::string wrong = count_problem(nb_inputs, nb_outputs);
+    std::string wrong = signature_.count_problem(nb_inputs, nb_outputs);
     if (wrong.empty()) {
-        sizes_of(op_, top_k_, in, out, wrong);
+        wrong = agree(signature_, in, nb_inputs, out).wrong;
     }
     return wrong.empty() ? 0 : refuse(wrong);
 }
 
 int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs, DataType const* input_types,
                                    int32_t nb_inputs) const noexcept {
-    const std::string wrong_count = count_problem(nb_inputs, nb_outputs);
+    const std::string wrong_count = signature_.count_problem(nb_inputs, nb_outputs);
     if (!wrong_count.empty()) {
         return refuse(wrong_count);
     }
     for (int32_t i = 0; i < nb_inputs; ++i) {
-        const std::string wrong = type_problem(i, input_types);
+        const DataType first = input_types[signature_.first_of_kind(i, nb_inputs)];
+        const std::string wrong = signature_.type_problem(i, nb_inputs, input_types[i], first);
         if (!wrong.empty()) {
             return refuse(wrong);
         }
     }
     for (int32_t i = 0; i < nb_outputs; ++i) {
-        switch (op_.outputs[i].type) {
+        switch (signature_.op().outputs[i].type) {
             case ElementType::kFloat32: output_types[i] = DataType::kFLOAT; break;
             case ElementType::kInt32: output_types[i] = DataType::kINT32; break;
             case ElementType::kActivation:
-            case ElementType::kWeight: output_types[i] = input_types[0]; break;  // activations stand first
+            case ElementType::kWeight:
+            case ElementType::kScale: output_types[i] = input_types[0]; break;  // activations stand first
         }
     }
     return 0;
@@ -165,26 +194,19 @@ int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs, D
 
 int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nb_inputs, DimsExprs const*, int32_t,
                                 DimsExprs* outputs, int32_t nb_outputs, IExprBuilder& builder) noexcept {
-    std::string wrong = count_problem(nb_inputs, nb_outputs);
-    Sizes sizes(top_k_);
-    for (int32_t i = 0; wrong.empty() && i < nb_inputs; ++i) {
-        Dims known{inputs[i].nbDims, {}};
-        for (int32_t d = 0; d < known.nbDims; ++d) {
-            known.d[d] = inputs[i].d[d]->isConstant() ? inputs[i].d[d]->getConstantValue() : kUnknown;
-        }
-        wrong = bind(op_.inputs[i], known, sizes);
-    }
+    std::string wrong = signature_.count_problem(nb_inputs, nb_outputs);
     if (wrong.empty()) {
-        wrong = settle(sizes);
+        wrong = agree<DimsExprs>(signature_, inputs, nb_inputs, nullptr).wrong;
     }
     if (!wrong.empty()) {
         return refuse(wrong);
     }
+    const Op& op = signature_.op();
     for (int32_t i = 0; i < nb_outputs; ++i) {
-        const std::vector<Extent>& shape = op_.outputs[i].shape;
+        const std::vector<Extent>& shape = op.outputs[i].shape;
         outputs[i].nbDims = static_cast<int32_t>(shape.size());
         for (size_t d = 0; d < shape.size(); ++d) {
-            outputs[i].d[d] = expression_of(shape[d], op_, top_k_, inputs, builder);
+            outputs[i].d[d] = expression_of(shape[d], op, signature_.attributes().top_k, inputs, builder);
         }
     }
     return 0;
@@ -192,39 +214,36 @@ int32_t Plugin::getOutputShapes(DimsExprs const* inputs, int32_t nb_inputs, Dims
 
 bool Plugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* in_out, int32_t nb_inputs,
                                        int32_t nb_outputs) noexcept {
-    const std::string wrong = count_problem(nb_inputs, nb_outputs);
+    const std::string wrong = signature_.count_problem(nb_inputs, nb_outputs);
     if (!wrong.empty()) {
         refuse(wrong);
         return false;
     }
-    DataType types[kMaxTensors];
-    for (int32_t i = 0; i <= position; ++i) {
-        types[i] = in_out[i].desc.type;
-    }
-    return in_out[position].desc.format == TensorFormat::kLINEAR && type_problem(position, types).empty();
+    const PluginTensorDesc& tensor = in_out[position].desc;
+    const DataType first = in_out[signature_.first_of_kind(position, nb_inputs)].desc.type;
+    return tensor.format == TensorFormat::kLINEAR &&
+           signature_.type_problem(position, nb_inputs, tensor.type, first).empty();
 }
 
 size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                                 DynamicPluginTensorDesc const* out, int32_t nb_outputs) const noexcept {
     // The largest of each extent alone: the tensors' maxima need not belong to one call.
-    Sizes largest(top_k_);
-    DataType types[kMaxTensors];
+    Sizes largest = signature_.unbound();
     for (int32_t i = 0; i < nb_inputs + nb_outputs; ++i) {
-        const DynamicPluginTensorDesc& tensor = i < nb_inputs ? in[i] : out[i - nb_inputs];
-        types[i] = tensor.desc.type;
-        const std::vector<Extent>& shape = op_.tensor(i).shape;
+        const Dims& most = (i < nb_inputs ? in[i] : out[i - nb_inputs]).max;
+        const std::vector<Extent>& shape = signature_.tensor(i, nb_inputs).shape;
         for (size_t d = 0; d < shape.size(); ++d) {
-            largest[shape[d]] = tensor.max.d[d] > largest[shape[d]] ? tensor.max.d[d] : largest[shape[d]];
+            largest[shape[d]] = std::max(largest[shape[d]], most.d[d]);
         }
     }
-    return op_.workspace(largest, types);
+    return signature_.op().workspace(largest, in[0].desc.type);
 }
 
 int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nb_inputs, PluginTensorDesc const* out,
                               int32_t nb_outputs) noexcept {
-    std::string wrong = count_problem(nb_inputs, nb_outputs);
+    std::string wrong = signature_.count_problem(nb_inputs, nb_outputs);
     if (wrong.empty()) {
-        sizes_of(op_, top_k_, in, out, wrong);
+        wrong = agree(signature_, in, nb_inputs, out).wrong;
     }
     return wrong.empty() ? 0 : refuse(wrong);
 }
@@ -232,17 +251,27 @@ int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nb_inputs, Plu
 int32_t Plugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc const* output_desc,
                         void const* const* inputs, void* const* outputs, void* workspace,
                         cudaStream_t stream) noexcept {
-    std::string wrong;
-    const Sizes sizes = sizes_of(op_, top_k_, input_desc, output_desc, wrong);
-    if (!wrong.empty()) {
-        return refuse(wrong);
+    const Op& op = signature_.op();
+    const int32_t weight = signature_.first_weight(), scale = signature_.first_scale();
+    const int32_t nb_inputs = op.has_weights ? signature_.inputs_with(input_desc[weight].type) : weight;
+    const Agreed agreed = agree(signature_, input_desc, nb_inputs, output_desc);
+    if (!agreed.wrong.empty()) {
+        return refuse(agreed.wrong);
     }
-    DataType types[kMaxTensors];
-    for (size_t i = 0; i < op_.inputs.size(); ++i) {
-        types[i] = input_desc[i].type;
+    shuntyard_expert_weights weights{};
+    if (op.has_weights) {
+        const bool scaled = signature_.is_scaled(nb_inputs);
+        weights = {signature_.attributes().layout->code,
+                   weight_code(input_desc[weight].type),
+                   agreed.scaling,
+                   scaled ? type_code(input_desc[scale].type) : 0,
+                   signature_.attributes().group_size,
+                   inputs + weight,
+                   scaled ? inputs + scale : nullptr};
     }
-    const int status =
-        op_.launch(sizes, types, inputs, outputs, workspace, op_.workspace(sizes, types), static_cast<void*>(stream));
+    const DataType x_type = input_desc[0].type;
+    const int status = op.launch(agreed.sizes, x_type, weights, inputs, outputs, workspace,
+                                 op.workspace(agreed.sizes, x_type), static_cast<void*>(stream));
     return status == SHUNTYARD_OK ? 0 : refuse(std::string("does not run: ") + shuntyard_status_text(status));
 }
 

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "abi/plugin.h"
-#include "adapter/op.h"
+#include "adapter/signature.h"
 
 namespace shuntyard {
 
@@ -12,19 +12,22 @@ constexpr const char* kNamespace = "shuntyard";
 constexpr const char* kPluginVersion = "1";
 
 // Version of what a plugin stores in an engine. Raise it when the stored fields, or what they mean, change.
-constexpr int32_t kFormatVersion = 1;
+constexpr int32_t kFormatVersion = 2;
+
+// More attributes than any op has.
+constexpr int32_t kMaxAttributes = 4;
 
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
                      public nvinfer1::IPluginV3OneBuild,
                      public nvinfer1::IPluginV3OneRuntime {
   public:
-    Plugin(const Op& op, int32_t top_k);
+    Plugin(const Op& op, const Attributes& attributes);
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3* clone() noexcept override;
 
-    const char* getPluginName() const noexcept override { return op_.name; }
+    const char* getPluginName() const noexcept override { return signature_.op().name; }
     const char* getPluginVersion() const noexcept override { return kPluginVersion; }
     const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
@@ -38,7 +41,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                             nvinfer1::IExprBuilder& builder) noexcept override;
     bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* in_out, int32_t nb_inputs,
                                    int32_t nb_outputs) noexcept override;
-    int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(op_.outputs.size()); }
+    int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(signature_.op().outputs.size()); }
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                             nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const noexcept override;
 
@@ -53,15 +56,10 @@ class Plugin final : public nvinfer1::IPluginV3,
   private:
     // Logs "<plugin>: <what>" as an error and returns a status that TensorRT takes as failure.
     int32_t refuse(const std::string& what) const noexcept;
-    // Empty if the number of tensors is the op's.
-    std::string count_problem(int32_t nb_inputs, int32_t nb_outputs) const;
-    // Empty if `type` may be tensor `index`, given the types before it.
-    std::string type_problem(int32_t index, const nvinfer1::DataType* types) const;
 
-    const Op& op_;
+    const Signature signature_;
     const int32_t format_version_ = kFormatVersion;
-    const int32_t top_k_;
-    nvinfer1::PluginField stored_fields_[2];
+    nvinfer1::PluginField stored_fields_[1 + kMaxAttributes];
     nvinfer1::PluginFieldCollection stored_;
 };
 
@@ -78,8 +76,11 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
 
   private:
     const Op& op_;
-    nvinfer1::PluginField field_;
+    nvinfer1::PluginField fields_named_[kMaxAttributes];
     nvinfer1::PluginFieldCollection fields_;
 };
+
+// The field of an attribute: its name and type, and, where attributes are given, its value.
+nvinfer1::PluginField field_of(const char* name, const Attributes* attributes);
 
 }  // namespace shuntyard

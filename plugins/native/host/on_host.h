@@ -10,6 +10,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define SHUNTYARD_TABLE(Type) const Type&
 
 struct dim3 {
     unsigned x, y, z;

@@ -4,11 +4,11 @@
 //   hidden = round(silu(round(scaled @ gate)) * round(scaled @ up))   [T*K, F]
 //   rows   = round(hidden @ down)                               [T*K, H]
 //
-// A thread owns one output column for a tile of up to kTileRows consecutive rows of one expert: a weight is read once
-// for the whole tile, neighbouring threads read neighbouring weights, and the row values are the same for the whole
-// warp. Sums run over the inner extent in order, so the result does not depend on how rows fall into tiles.
-#include "kernels/launch.h"
-#include "kernels/scalars.h"
+// A thread owns one output column for a tile of up to kTileRows consecutive rows of one expert: a weight is read and
+// scaled once for the whole tile, and the row values are the same for the whole warp. Neighbouring threads read
+// neighbouring weights, but those of layout LINEAR. Sums run over the inner extent in order, so the result does not
+// depend on how rows fall into tiles, nor on the layout.
+#include "kernels/matrices.h"
 
 namespace shuntyard {
 namespace {
@@ -73,52 +73,59 @@ __global__ void scale(const X* x, const float* scores, const int32_t* permutatio
     scaled[row * hidden + column] = from_float<X>(value);
 }
 
-// One thread's part of the first product: column `column` of hidden, for rows of one expert.
+// One thread's part of the first product: one column of hidden, for rows of one expert.
 template <typename X, typename W>
 struct GateAndUp {
-    const X* scaled;   // the tile's first row
-    const W* weights;  // the expert's gate_up
-    X* out;            // the tile's first row
-    int64_t hidden, intermediate, column;
+    const X* scaled;  // the tile's first row
+    Column<X, W> gate, up;
+    X* out;  // the tile's first row
+    int64_t hidden, intermediate, column, group;
 
     template <int Rows>
     __device__ void compute(int first) const {
-        float gate[Rows] = {};
-        float up[Rows] = {};
+        float gate_sum[Rows] = {};
+        float up_sum[Rows] = {};
         const X* values = scaled + first * hidden;
-        for (int64_t h = 0; h < hidden; ++h) {
-            const float gate_weight = rounded_to<X>(to_float(weights[h * 2 * intermediate + column]));
-            const float up_weight = rounded_to<X>(to_float(weights[h * 2 * intermediate + intermediate + column]));
-            for (int r = 0; r < Rows; ++r) {
-                const float value = to_float(values[r * hidden + h]);
-                gate[r] += value * gate_weight;
-                up[r] += value * up_weight;
+        for (int64_t begin = 0; begin < hidden; begin += group) {
+            const float gate_scale = gate.scale(begin / group);
+            const float up_scale = up.scale(begin / group);
+            for (int64_t h = begin; h < begin + group; ++h) {
+                const float gate_weight = gate.weight(h, gate_scale);
+                const float up_weight = up.weight(h, up_scale);
+                for (int r = 0; r < Rows; ++r) {
+                    const float value = to_float(values[r * hidden + h]);
+                    gate_sum[r] += value * gate_weight;
+                    up_sum[r] += value * up_weight;
+                }
             }
         }
         for (int r = 0; r < Rows; ++r) {
-            const float rounded_gate = rounded_to<X>(gate[r]);
+            const float rounded_gate = rounded_to<X>(gate_sum[r]);
             const float activated = rounded_gate * sigmoid(rounded_gate);
-            out[(first + r) * intermediate + column] = from_float<X>(activated * rounded_to<X>(up[r]));
+            out[(first + r) * intermediate + column] = from_float<X>(activated * rounded_to<X>(up_sum[r]));
         }
     }
 };
 
-// One thread's part of the second product: column `column` of the output, for rows of one expert.
+// One thread's part of the second product: one column of the output, for rows of one expert.
 template <typename X, typename W>
 struct Down {
     const X* activated;  // the tile's first row
-    const W* weights;    // the expert's down
-    X* out;              // the tile's first row
-    int64_t hidden, intermediate, column;
+    Column<X, W> down;
+    X* out;  // the tile's first row
+    int64_t hidden, intermediate, column, group;
 
     template <int Rows>
     __device__ void compute(int first) const {
         float sum[Rows] = {};
         const X* values = activated + first * intermediate;
-        for (int64_t f = 0; f < intermediate; ++f) {
-            const float weight = rounded_to<X>(to_float(weights[f * hidden + column]));
-            for (int r = 0; r < Rows; ++r) {
-                sum[r] += to_float(values[r * intermediate + f]) * weight;
+        for (int64_t begin = 0; begin < intermediate; begin += group) {
+            const float scale = down.scale(begin / group);
+            for (int64_t f = begin; f < begin + group; ++f) {
+                const float weight = down.weight(f, scale);
+                for (int r = 0; r < Rows; ++r) {
+                    sum[r] += to_float(values[r * intermediate + f]) * weight;
+                }
             }
         }
         for (int r = 0; r < Rows; ++r) {
@@ -147,8 +154,9 @@ __device__ inline void compute_tile(const Product& product, int rows) {
 }
 
 template <typename X, typename W>
-__global__ void swiglu(const X* scaled, const int32_t* expert_offsets, const W* gate_up, X* activated, int64_t all_rows,
-                       int32_t experts, int64_t hidden, int64_t intermediate) {
+__global__ void swiglu(const X* scaled, const int32_t* expert_offsets, SHUNTYARD_TABLE(Matrices) gate,
+                       SHUNTYARD_TABLE(Matrices) up, X* activated, int64_t all_rows, int32_t experts, int64_t hidden,
+                       int64_t intermediate) {
     const int64_t row = blockIdx.x;
     const int64_t column = column_of_thread();
     if (column >= intermediate) {
@@ -159,15 +167,20 @@ __global__ void swiglu(const X* scaled, const int32_t* expert_offsets, const W* 
         activated[row * intermediate + column] = from_float<X>(not_a_number());
         return;
     }
-    const W* weights = gate_up + int64_t{tile.expert} * hidden * 2 * intermediate;
-    const GateAndUp<X, W> product{scaled + row * hidden, weights, activated + row * intermediate, hidden,
-                                  intermediate,          column};
+    const GateAndUp<X, W> product{scaled + row * hidden,
+                                  Column<X, W>(gate, tile.expert, column),
+                                  Column<X, W>(up, tile.expert, column),
+                                  activated + row * intermediate,
+                                  hidden,
+                                  intermediate,
+                                  column,
+                                  gate.group};
     compute_tile(product, tile.rows);
 }
 
 template <typename X, typename W>
-__global__ void project(const X* activated, const int32_t* expert_offsets, const W* down, X* out, int64_t all_rows,
-                        int32_t experts, int64_t hidden, int64_t intermediate) {
+__global__ void project(const X* activated, const int32_t* expert_offsets, SHUNTYARD_TABLE(Matrices) down, X* out,
+                        int64_t all_rows, int32_t experts, int64_t hidden, int64_t intermediate) {
     const int64_t row = blockIdx.x;
     const int64_t column = column_of_thread();
     if (column >= hidden) {
@@ -178,8 +191,13 @@ __global__ void project(const X* activated, const int32_t* expert_offsets, const
         out[row * hidden + column] = from_float<X>(not_a_number());
         return;
     }
-    const W* weights = down + int64_t{tile.expert} * intermediate * hidden;
-    const Down<X, W> product{activated + row * intermediate, weights, out + row * hidden, hidden, intermediate, column};
+    const Down<X, W> product{activated + row * intermediate,
+                             Column<X, W>(down, tile.expert, column),
+                             out + row * hidden,
+                             hidden,
+                             intermediate,
+                             column,
+                             down.group};
     compute_tile(product, tile.rows);
 }
 
@@ -189,12 +207,11 @@ struct Call {
     const float* scores;
     const int32_t* expert_offsets;
     const int32_t* permutation;
-    const void* gate_up;
-    const void* down;
     void* rows;
     int64_t all_rows, experts, top_k, hidden, intermediate;
     void* workspace;
     void* stream;
+    ExpertMatrices matrices;
 };
 
 template <typename X, typename W>
@@ -207,11 +224,11 @@ int run(const Call& call) {
     SHUNTYARD_TRY(launch(scale<X>, over_hidden, block, call.stream, static_cast<const X*>(call.x), call.scores,
                          call.permutation, scaled, call.all_rows, call.top_k, call.hidden));
     SHUNTYARD_TRY(launch(swiglu<X, W>, over_intermediate, block, call.stream, scaled, call.expert_offsets,
-                         static_cast<const W*>(call.gate_up), activated, call.all_rows, call.experts, call.hidden,
+                         call.matrices.gate, call.matrices.up, activated, call.all_rows, call.experts, call.hidden,
                          call.intermediate));
     SHUNTYARD_TRY(launch(project<X, W>, over_hidden, block, call.stream, activated, call.expert_offsets,
-                         static_cast<const W*>(call.down), static_cast<X*>(call.rows), call.all_rows, call.experts,
-                         call.hidden, call.intermediate));
+                         call.matrices.down, static_cast<X*>(call.rows), call.all_rows, call.experts, call.hidden,
+                         call.intermediate));
     return SHUNTYARD_OK;
 }
 
@@ -221,6 +238,8 @@ int run_for_weights(int weight_type, const Call& call) {
         case SHUNTYARD_FP32: return run<X, float>(call);
         case SHUNTYARD_FP16: return run<X, Half>(call);
         case SHUNTYARD_BF16: return run<X, Bfloat>(call);
+        case SHUNTYARD_E4M3: return run<X, E4m3>(call);
+        case SHUNTYARD_INT4: return run<X, Int4Word>(call);
         default: return SHUNTYARD_INVALID_ARGUMENT;
     }
 }
@@ -245,12 +264,12 @@ size_t shuntyard_moe_experts_workspace(int x_type, int64_t tokens, int64_t top_k
     return aligned(rows * hidden * size_of(x_type)) + aligned(rows * intermediate * size_of(x_type));
 }
 
-int shuntyard_moe_experts(int x_type, int weight_type, const void* x, const float* scores,
-                          const int32_t* expert_offsets, const int32_t* permutation, const void* gate_up,
-                          const void* down, void* rows, int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,
-                          int64_t intermediate, void* workspace, size_t workspace_size, void* stream) {
-    if (!valid(tokens, top_k, hidden, intermediate) || experts < 1 || experts >= INT_MAX || top_k > experts ||
-        !valid_type(x_type) || !valid_type(weight_type)) {
+int shuntyard_moe_experts(int x_type, const shuntyard_expert_weights* weights, const void* x, const float* scores,
+                          const int32_t* expert_offsets, const int32_t* permutation, void* rows, int64_t tokens,
+                          int64_t experts, int64_t top_k, int64_t hidden, int64_t intermediate, void* workspace,
+                          size_t workspace_size, void* stream) {
+    if (!valid(tokens, top_k, hidden, intermediate) || experts < 1 || experts > SHUNTYARD_MAX_EXPERTS ||
+        top_k > experts || !valid_type(x_type) || !valid_weights(*weights, hidden, intermediate)) {
         return SHUNTYARD_INVALID_ARGUMENT;
     }
     if (workspace_size < shuntyard_moe_experts_workspace(x_type, tokens, top_k, hidden, intermediate)) {
@@ -259,12 +278,13 @@ int shuntyard_moe_experts(int x_type, int weight_type, const void* x, const floa
     if (tokens == 0) {
         return SHUNTYARD_OK;
     }
-    const Call call{x,       scores, expert_offsets, permutation,  gate_up,   down,  rows, tokens * top_k,
-                    experts, top_k,  hidden,         intermediate, workspace, stream};
+    Call call{x,      scores,       expert_offsets, permutation, rows, tokens * top_k, experts, top_k,
+              hidden, intermediate, workspace,      stream,      {}};
+    fill(call.matrices, *weights, experts, hidden, intermediate);
     switch (x_type) {
-        case SHUNTYARD_FP32: return run_for_weights<float>(weight_type, call);
-        case SHUNTYARD_FP16: return run_for_weights<Half>(weight_type, call);
-        case SHUNTYARD_BF16: return run_for_weights<Bfloat>(weight_type, call);
+        case SHUNTYARD_FP32: return run_for_weights<float>(weights->type, call);
+        case SHUNTYARD_FP16: return run_for_weights<Half>(weights->type, call);
+        case SHUNTYARD_BF16: return run_for_weights<Bfloat>(weights->type, call);
         default: return SHUNTYARD_INVALID_ARGUMENT;
     }
 }

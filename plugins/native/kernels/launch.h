@@ -13,6 +13,10 @@
 #include <tuple>
 #include <utility>
 
+// A kernel's parameter that is a large struct. Threads read it where the launch has put it, in constant memory, and
+// need no copies of their own. (The host build passes a reference: its threads are calls, and each would make a copy.)
+#define SHUNTYARD_TABLE(Type) const __grid_constant__ Type
+
 namespace shuntyard {
 
 template <typename Kernel, typename Arguments, size_t... Index>
@@ -68,6 +72,7 @@ inline bool valid_rows(int64_t tokens, int64_t top_k) {
 
 inline bool valid_columns(int64_t columns) { return columns >= 1 && ceil_div(columns, kBlock) <= kMaxBlocksY; }
 
+// One of the types that a kernel computes in, and that scales are of.
 inline bool valid_type(int type) { return type == SHUNTYARD_FP32 || type == SHUNTYARD_FP16 || type == SHUNTYARD_BF16; }
 
 }  // namespace shuntyard

@@ -1,5 +1,5 @@
-// fp16 and bf16 as bits, and their conversions to and from fp32: round to nearest, ties to even; subnormals, infinities
-// and NaN kept (a NaN stays one, its payload may not).
+// Number formats as bits. fp16 and bf16, and their conversions to and from fp32: round to nearest, ties to even;
+// subnormals, infinities and NaN kept (a NaN stays one, its payload may not). FP8 and INT4, which are only read.
 //
 // Written out rather than taken from CUDA's headers, so that host and device share one definition that needs no CUDA.
 // On the device fp16 uses the conversion instructions, which do the same in one step.
@@ -19,6 +19,17 @@ struct Half {
 struct Bfloat {
     uint16_t bits;
 };
+
+// FP8 of 4 exponent bits (bias 7) and 3 mantissa bits, without infinities: all ones is NaN (arXiv 2209.05433, "E4M3").
+struct E4m3 {
+    uint8_t bits;
+};
+
+// Eight integers of -8 .. 7, the first in the lowest nibble, each stored as its value + 8.
+struct Int4Word {
+    uint32_t bits;
+};
+constexpr int64_t kInt4Values = 8;
 
 __host__ __device__ inline uint32_t bits_of(float value) {
     uint32_t bits;
@@ -53,6 +64,22 @@ __host__ __device__ inline float to_float(Half value) {
     }
     return float_of(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
 #endif
+}
+
+__host__ __device__ inline float to_float(E4m3 value) {
+    const uint32_t sign = (value.bits & 0x80u) << 24;
+    const uint32_t magnitude = value.bits & 0x7fu;
+    if (magnitude == 0x7fu) {
+        return float_of(sign | 0x7fc00000u);
+    }
+    if (magnitude < 0x08u) {  // zero or subnormal: a multiple of 2^-9
+        return float_of(sign | bits_of(static_cast<float>(magnitude) * 0x1p-9f));
+    }
+    return float_of(sign | ((magnitude << 20) + ((127u - 7u) << 23)));
+}
+
+__host__ __device__ inline float to_float(Int4Word word, int64_t which) {
+    return static_cast<float>(static_cast<int32_t>(word.bits >> 4 * which & 0xfu) - 8);
 }
 
 template <typename X>

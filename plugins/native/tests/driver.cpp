@@ -7,47 +7,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "calls.h"
 #include "check.h"
 
 using namespace nvinfer1;
 
 namespace {
-
-constexpr DataType kF32 = DataType::kFLOAT;
-constexpr DataType kI32 = DataType::kINT32;
-
-std::vector<IPluginCreatorV3One*> creators;
-void (*set_logger_finder)(void*);
-
-IPluginCreatorV3One* creator_of(const std::string& name) {
-    for (IPluginCreatorV3One* creator : creators) {
-        if (name == creator->getPluginName()) {
-            return creator;
-        }
-    }
-    std::printf("no creator of %s\n", name.c_str());
-    std::exit(1);
-}
-
-IPluginV3* create(const std::string& name, const std::vector<PluginField>& fields,
-                  TensorRTPhase phase = TensorRTPhase::kBUILD) {
-    const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
-    return creator_of(name)->createPlugin("a node", &collection, phase);
-}
-
-IPluginV3* create(const std::string& name, int64_t top_k) {
-    return create(name, {{"top_k", &top_k, PluginFieldType::kINT64, 1}});
-}
-
-IPluginV3OneCore* core_of(IPluginV3* plugin) {
-    return static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE));
-}
-IPluginV3OneBuild* build_of(IPluginV3* plugin) {
-    return static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
-}
-IPluginV3OneRuntime* runtime_of(IPluginV3* plugin) {
-    return static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-}
 
 void logger() {
     Finder10 ten;
@@ -66,9 +31,9 @@ void identity() {
         CHECK(std::strcmp(creator->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
         CHECK(std::strcmp(creator->getPluginNamespace(), "shuntyard") == 0);
         CHECK(std::strcmp(creator->getPluginVersion(), "1") == 0);
-        CHECK(creator->getFieldNames()->nbFields == 1);
-        CHECK(std::strcmp(creator->getFieldNames()->fields[0].name, "top_k") == 0);
-        IPluginV3* plugin = create(creator->getPluginName(), 1);
+        IPluginV3* plugin = std::string(creator->getPluginName()) == "ShuntyardMoeExperts"
+                                ? create_experts(1, 2, "fused", 0)
+                                : create(creator->getPluginName(), 1);
         IPluginV3* copy = plugin->clone();
         delete plugin;
         CHECK(std::strcmp(core_of(copy)->getPluginName(), creator->getPluginName()) == 0);
@@ -98,21 +63,21 @@ void attributes() {
 }
 
 void storage() {
-    IPluginV3* plugin = create("ShuntyardMoeExperts", 3);
+    IPluginV3* plugin = create("ShuntyardMoeScatterAdd", 3);
     const PluginFieldCollection* stored = runtime_of(plugin)->getFieldsToSerialize();
     CHECK(stored->nbFields == 2);
     std::vector<PluginField> fields(stored->fields, stored->fields + stored->nbFields);
-    IPluginV3* again = create("ShuntyardMoeExperts", fields, TensorRTPhase::kRUNTIME);
+    IPluginV3* again = create("ShuntyardMoeScatterAdd", fields, TensorRTPhase::kRUNTIME);
     CHECK(again != nullptr);
     IPluginV3* attached = runtime_of(again)->attachToContext(nullptr);
     const PluginFieldCollection* kept = runtime_of(attached)->getFieldsToSerialize();
     CHECK(std::strcmp(kept->fields[1].name, "top_k") == 0);
     CHECK(*static_cast<const int32_t*>(kept->fields[1].data) == 3);
-    const int32_t future = 2;
+    const int32_t future = 3;
     fields[0].data = &future;
-    CHECK(create("ShuntyardMoeExperts", fields, TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK(says("the engine holds format 2 of this plugin, this library reads format 1"));
-    CHECK(create("ShuntyardMoeExperts", {fields[1]}, TensorRTPhase::kRUNTIME) == nullptr);
+    CHECK(create("ShuntyardMoeScatterAdd", fields, TensorRTPhase::kRUNTIME) == nullptr);
+    CHECK(says("the engine holds format 3 of this plugin, this library reads format 2"));
+    CHECK(create("ShuntyardMoeScatterAdd", {fields[1]}, TensorRTPhase::kRUNTIME) == nullptr);
     CHECK(says("format_version is missing"));
     delete attached;
     delete again;
@@ -142,78 +107,6 @@ void shapes_and_types() {
     const DataType half = DataType::kHALF;
     CHECK(build->getOutputDataTypes(types, 3, &half, 1) != 0);
     CHECK(says("logits is fp16, must be fp32"));
-    delete plugin;
-}
-
-// Every combination of types is asked for, position by position, as the builder does.
-void formats() {
-    IPluginV3* plugin = create("ShuntyardMoeExperts", 1);
-    const DataType floats[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
-    const auto accepted = [&](std::vector<DataType> types, TensorFormat format) {
-        std::vector<DynamicPluginTensorDesc> tensors;
-        for (DataType type : types) {
-            tensors.push_back(dynamic_of(type, {}, {}));
-            tensors.back().desc.format = format;
-        }
-        bool all = true;
-        for (int32_t position = 0; position < 7; ++position) {
-            all = all && build_of(plugin)->supportsFormatCombination(position, tensors.data(), 6, 1);
-        }
-        return all;
-    };
-    for (DataType x : floats) {
-        for (DataType w : floats) {
-            CHECK(accepted({x, kF32, kI32, kI32, w, w, x}, TensorFormat::kLINEAR));
-            CHECK(!accepted({x, kF32, kI32, kI32, w, w, x}, static_cast<TensorFormat>(1)));
-            CHECK(!accepted({x, kF32, DataType::kINT64, kI32, w, w, x}, TensorFormat::kLINEAR));
-            CHECK(!accepted({x, DataType::kHALF, kI32, kI32, w, w, x}, TensorFormat::kLINEAR));
-            for (DataType other : floats) {
-                CHECK(accepted({x, kF32, kI32, kI32, w, w, other}, TensorFormat::kLINEAR) == (other == x));
-                CHECK(accepted({x, kF32, kI32, kI32, w, other, x}, TensorFormat::kLINEAR) == (other == w));
-            }
-        }
-    }
-    CHECK(!accepted({kF32, kF32, kI32, kI32, DataType::kINT8, DataType::kINT8, kF32}, TensorFormat::kLINEAR));
-    delete plugin;
-}
-
-void inconsistent_shapes() {
-    IPluginV3* plugin = create("ShuntyardMoeExperts", 2);
-    // T 3, K 2, H 4, E 5, F 6
-    std::vector<std::vector<int64_t>> extents = {{3, 4}, {6}, {6}, {6}, {5, 4, 12}, {5, 6, 4}, {6, 4}};
-    const DataType types[] = {kF32, kF32, kI32, kI32, kF32, kF32, kF32};
-    const auto change = [&](size_t tensor, size_t d, int64_t value) {
-        std::vector<PluginTensorDesc> tensors;
-        std::vector<DynamicPluginTensorDesc> dynamic;
-        for (size_t i = 0; i < extents.size(); ++i) {
-            std::vector<int64_t> changed = extents[i];
-            if (i == tensor) {
-                changed[d] = value;
-            }
-            tensors.push_back(tensor_of(types[i], changed));
-            dynamic.push_back(dynamic_of(types[i], changed, changed));
-        }
-        const int32_t shape = runtime_of(plugin)->onShapeChange(tensors.data(), 6, tensors.data() + 6, 1);
-        const int32_t configured = build_of(plugin)->configurePlugin(dynamic.data(), 6, dynamic.data() + 6, 1);
-        CHECK((shape == 0) == (configured == 0));
-        return shape;
-    };
-    CHECK(change(0, 0, 3) == 0);
-    CHECK(logged.empty());
-    CHECK(change(1, 0, 7) != 0);
-    CHECK(says("ShuntyardMoeExperts: permutation has extent 6 in dimension 0, but another tensor says that T*K is 7"));
-    CHECK(change(2, 0, 7) != 0);
-    CHECK(says("an extent that must be E+1 (K is 2) is 7, but E is 5"));
-    CHECK(change(0, 0, 4) != 0);
-    CHECK(says("an extent that must be T*K (K is 2) is 6, but T is 4"));
-    CHECK(change(4, 2, 13) != 0);
-    CHECK(says("an extent that must be 2F (K is 2) is 13, but F is 6"));
-    for (size_t tensor = 0; tensor < extents.size(); ++tensor) {
-        for (size_t d = 0; d < extents[tensor].size(); ++d) {
-            CHECK(change(tensor, d, 17) != 0);
-            CHECK(says("ShuntyardMoeExperts: "));
-        }
-    }
     delete plugin;
 }
 
@@ -255,6 +148,16 @@ void says_why_it_does_not_run() {
 
 }  // namespace
 
+// In experts.cpp.
+void experts_attributes();
+void experts_storage();
+void experts_counts();
+void experts_formats();
+void experts_shapes();
+
+// In experts_run.cpp.
+void experts_run_on_host();
+
 int main(int, char** arguments) {
     void* library = dlopen(arguments[1], RTLD_NOW);
     if (library == nullptr) {
@@ -274,10 +177,14 @@ int main(int, char** arguments) {
     attributes();
     storage();
     shapes_and_types();
-    formats();
-    inconsistent_shapes();
+    experts_attributes();
+    experts_storage();
+    experts_counts();
+    experts_formats();
+    experts_shapes();
     if (std::strcmp(arguments[2], "host") == 0) {
         runs_on_host();
+        experts_run_on_host();
     } else {
         says_why_it_does_not_run();
     }

@@ -1,0 +1,148 @@
+"""The answer of ``plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shuntyard.engines.plan import footprint
+from shuntyard.engines.plan.budget import Asked, Budget, Model, Request, budget_of, check_request, gib, read_model
+from shuntyard.engines.plan.footprint import StoredBytes
+from shuntyard.engines.plan.nearest import Change, largest, nearest
+
+MOST_SEQUENCES = 2**20
+"""Where the search for the largest batch ends."""
+
+PLAN_BYTES, PLAN_BYTES_PER_LAYER = 6_000_000, 250_000
+"""What a plan holds besides weights: 6.3 MB with 4 layers, 10.8 with 24, 15.4 with 48 (TensorRT-RTX 1.7, sm89)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer."""
+
+    model: Model
+    asked: Asked
+    budget: Budget
+    largest_context: int | None  # with this batch; None: not even one token fits
+    largest_batch: int | None  # with this context; None: not even one sequence fits
+    nearest: tuple[Change, ...]  # least loss first; empty where the engine fits, or nothing helps
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the engine fits."""
+        return self.budget.fits
+
+    @property
+    def plan_bytes(self) -> int:
+        """Size of the engine files of all GPUs; a process that opens one reads it into host memory first."""
+        per_gpu = sum(self.budget.weights.values()) + PLAN_BYTES
+        return self.asked.gpus * (per_gpu + PLAN_BYTES_PER_LAYER * self.model.config.num_hidden_layers)
+
+    def reason(self) -> str:
+        """Why it does not fit, in one line."""
+        budget = self.budget
+        if budget.fixed > budget.usable:
+            return f"weights and reserve alone are {gib(budget.fixed - budget.usable)} GiB more than there is"
+        term, nbytes = max(
+            ("the KV cache of global layers", budget.cache.global_bytes),
+            ("the KV cache of local layers", budget.cache.local_bytes),
+            ("activations", budget.live.nbytes),
+            key=lambda pair: pair[1],
+        )
+        room = budget.usable - budget.needed + nbytes
+        if room < 0:
+            return f"beside weights and reserve there are {gib(budget.usable - budget.fixed)} GiB, too few for the rest"
+        return f"{term} take {gib(nbytes)} GiB, and all else leaves {gib(room)} GiB"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``. Sizes are in bytes; those of ``per_gpu`` are of one GPU."""
+        return {
+            "checkpoint": str(self.model.path),
+            "fits": self.fits,
+            "asked": _asked_dict(self.asked),
+            "parameters": footprint.parameters(self.model.config),
+            "stored": _by_component(self.model.stored),
+            "held": _by_component(self.model.held(self.asked.weights)),
+            "vision": self.model.stored.vision,
+            "waived": self.model.stored.waived,
+            "per_gpu": _budget_dict(self.budget),
+            "plan_bytes": self.plan_bytes,
+            "reason": None if self.fits else self.reason(),
+            "largest_context": self.largest_context,
+            "largest_batch": self.largest_batch,
+            "nearest": [
+                {
+                    "what": change.what,
+                    "loss": change.loss,
+                    "asked": _asked_dict(change.asked),
+                    "needed": change.budget.needed,
+                    "left": change.budget.left,
+                }
+                for change in self.nearest
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def _asked_dict(asked: Asked) -> dict[str, Any]:
+    return {**asdict(asked), "gpu": asked.gpu.name}
+
+
+def _by_component(stored: StoredBytes) -> dict[str, dict[str, int]]:
+    return {component: stored.of(component) for component in footprint.COMPONENTS if stored.of(component)}
+
+
+def _budget_dict(budget: Budget) -> dict[str, Any]:
+    return {
+        "weights": budget.weights,
+        "cache": {
+            **asdict(budget.cache),
+            "local": budget.cache.local_bytes,
+            "global": budget.cache.global_bytes,
+            "naive": budget.cache.naive,
+        },
+        "activations": asdict(budget.live),
+        "reserve": budget.reserve,
+        "needed": budget.needed,
+        "usable": budget.usable,
+        "left": budget.left,
+    }
+
+
+def plan(path: Path, request: Request) -> Plan:
+    """Plans an engine of the checkpoint at ``path``; see :func:`read_model` and :func:`check_request` for errors."""
+    return plan_model(read_model(path), request)
+
+
+def plan_model(model: Model, request: Request) -> Plan:
+    """As :func:`plan`, for a model that was read."""
+    asked = check_request(model, request)
+    budget = budget_of(model, asked)
+
+    def fits(**changes: Any) -> bool:
+        return budget_of(model, replace(asked, **changes)).fits
+
+    return Plan(
+        model=model,
+        asked=asked,
+        budget=budget,
+        largest_context=largest(lambda n: fits(context=n), model.config.max_position_embeddings),
+        largest_batch=largest(lambda n: fits(batch=n), MOST_SEQUENCES),
+        nearest=() if budget.fits else tuple(nearest(model, asked)),
+        notes=tuple(_notes(model, asked)),
+    )
+
+
+def _notes(model: Model, asked: Asked) -> Iterator[str]:
+    if asked.gpus > 1:
+        yield f"shuntyard's engines use one GPU today: what stands here for {asked.gpus} is arithmetic"
+    if asked.kv == "fp8":
+        yield "engines hold the KV cache in the compute type today: an FP8 cache is arithmetic"
+    if not asked.gpu.has_fp8 and "F8_E4M3" in {dtype for _, dtype in model.held(asked.weights).weights}:
+        yield f"{asked.gpu.name} ({asked.gpu.target}) has no FP8 arithmetic: FP8 weights were not tried on it"
+    if model.stored.vision:
+        yield f"the vision tower, {gib(model.stored.vision)} GiB of the files, is no part of the text engine"

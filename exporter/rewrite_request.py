@@ -1,0 +1,254 @@
+"""What a rewrite is asked for: new tensors, each a mosaic of matrices that lie in stored tensors.
+
+A stored tensor is seen as a matrix: its last axis are the columns, all axes before it the rows, and a vector is one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry
+
+SOURCE_DTYPES = ("BF16", "F16", "F32", "F8_E4M3")
+TARGET_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
+SCALE_DTYPES = ("F32", "BF16", "F16")
+
+_MISMATCH = "config.json and the shards must be of the same checkpoint"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix taken out of one stored tensor.
+
+    ``index`` picks one of a stacked ``[E, rows, columns]`` tensor; ``columns`` (begin, end) cuts its last axis;
+    ``transpose`` turns what is left. ``scale`` dequantises: value = stored * scale, in fp32. It holds one value, or one
+    for each stored row (output channel); for a stacked tensor it may be stacked too.
+
+    ``group`` > 0 says that ``entry`` is int4, as compressed-tensors packs it: int32 ``[rows, columns / 8]`` of eight
+    values each, the lowest nibble first, stored as value + 8; ``scale`` is then ``[rows, columns / group]``.
+    """
+
+    entry: TensorEntry
+    index: int | None = None
+    columns: tuple[int, int] | None = None
+    transpose: bool = False
+    scale: TensorEntry | None = None
+    group: int = 0
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns of the stored matrix, before anything is cut; int4 counts values."""
+        rows, columns = matrix(self.entry.shape if self.index is None else self.entry.shape[1:])
+        return rows, columns * 8 if self.group else columns
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Begin and end of the stored columns that are taken."""
+        return self.columns or (0, self.stored[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the piece as it is placed."""
+        rows, columns = self.stored[0], self.cut[1] - self.cut[0]
+        return (columns, rows) if self.transpose else (rows, columns)
+
+    @property
+    def row_bits(self) -> int:
+        """Size of a stored row."""
+        return self.stored[1] * (4 if self.group else ITEM_BITS[self.entry.dtype])
+
+    @property
+    def offset(self) -> int:
+        """Where in the file the stored matrix begins."""
+        return self.entry.offset + (self.index or 0) * self.stored[0] * self.row_bits // 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """A new tensor. ``pieces`` are rows of blocks: the pieces of an inner tuple stand side by side (joined along the last
+    axis), the rows of blocks below each other. One piece is ``((piece,),)``; a stack of experts has one row for each.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of a value."""
+        return ITEM_BITS[self.dtype] // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.item_bytes
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor that is seen as a matrix."""
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def entries_of(targets: Sequence[Target]) -> Iterator[TensorEntry]:
+    """Every stored tensor that is read, once for each time that it is asked for."""
+    for target in targets:
+        for blocks in target.pieces:
+            for piece in blocks:
+                yield piece.entry
+                if piece.scale is not None:
+                    yield piece.scale
+
+
+def check_request(targets: Sequence[Target]) -> None:
+    """Checks that every target can be made of its pieces, before anything is read or written.
+
+    Raises:
+        CheckpointError: shapes contradict each other; names the tensor.
+        UnsupportedError: a type that cannot be read or written.
+    """
+    seen: set[str] = set()
+    for target in targets:
+        if target.name in seen or target.name == "__metadata__":
+            raise CheckpointError(f"tensor '{target.name}' would be written twice, or is no name", hint=_MISMATCH)
+        seen.add(target.name)
+        if target.dtype not in TARGET_DTYPES:
+            raise UnsupportedError(
+                f"tensor '{target.name}': {target.dtype} cannot be written", hint=f"one of {', '.join(TARGET_DTYPES)}"
+            )
+        rows, columns = matrix(target.shape)
+        for blocks in target.pieces:
+            for piece in blocks:
+                _check_piece(piece)
+            if len({piece.shape[0] for piece in blocks}) != 1 or sum(piece.shape[1] for piece in blocks) != columns:
+                raise _contradiction(target)
+            rows -= blocks[0].shape[0]
+        if rows != 0:
+            raise _contradiction(target)
+
+
+def _contradiction(target: Target) -> CheckpointError:
+    shapes = [[list(piece.shape) for piece in blocks] for blocks in target.pieces]
+    return CheckpointError(
+        f"tensor '{target.name}' of shape {list(target.shape)} cannot be put together of {shapes!r:.200}",
+        hint=_MISMATCH,
+    )
+
+
+def _check_piece(piece: Piece) -> None:
+    entry = piece.entry
+    where = f"{entry.file}: tensor '{entry.name}'"
+    if piece.group < 0 or piece.group and entry.dtype != "I32" or not piece.group and entry.dtype not in SOURCE_DTYPES:
+        raise UnsupportedError(
+            f"{where} is {entry.dtype}, which cannot be rewritten{' as int4' if piece.group else ''}",
+            hint=f"one of {', '.join(SOURCE_DTYPES)}, or int4 packed into I32",
+        )
+    if piece.index is not None and (len(entry.shape) < 2 or not 0 <= piece.index < entry.shape[0]):
+        raise CheckpointError(f"{where} of shape {list(entry.shape)} has no part {piece.index}", hint=_MISMATCH)
+    begin, end = piece.cut
+    if not 0 <= begin <= end <= piece.stored[1]:
+        raise CheckpointError(f"{where} of shape {list(entry.shape)} has no columns {begin}..{end}", hint=_MISMATCH)
+    if math.prod(entry.shape) * ITEM_BITS[entry.dtype] != 8 * entry.nbytes:
+        raise CheckpointError(
+            f"{where} of shape {list(entry.shape)} does not take {entry.nbytes} bytes", hint=_MISMATCH
+        )
+    if piece.scale is not None:
+        _check_scale(piece, piece.scale, where)
+    elif piece.group:
+        raise CheckpointError(f"{where} is int4, but has no scale", hint="download the shard that holds its scale")
+
+
+def _check_scale(piece: Piece, scale: TensorEntry, where: str) -> None:
+    if piece.entry.dtype not in ("F8_E4M3", "I32"):
+        raise UnsupportedError(f"{where} is {piece.entry.dtype} and has a scale", hint="only fp8 and int4 have scales")
+    if scale.dtype not in SCALE_DTYPES:
+        raise UnsupportedError(
+            f"{scale.file}: tensor '{scale.name}' is {scale.dtype}, which is no type of a scale",
+            hint=f"one of {', '.join(SCALE_DTYPES)}",
+        )
+    if scale_layout(piece) is None:
+        raise CheckpointError(
+            f"{scale.file}: tensor '{scale.name}' of shape {list(scale.shape)} is no scale for '{piece.entry.name}' "
+            f"of shape {list(piece.entry.shape)}",
+            hint=_MISMATCH,
+        )
+
+
+@dataclass(frozen=True)
+class ScaleLayout:
+    """The scales of one stored matrix: ``rows * columns`` values, from the ``first``-th of the tensor on.
+
+    A side of 1 serves the whole side of the matrix; in int4, one column serves ``group`` columns.
+    """
+
+    first: int
+    rows: int
+    columns: int
+
+
+def scale_layout(piece: Piece) -> ScaleLayout | None:
+    """How a piece's scale is laid out; None where its shape fits no layout, or fits two."""
+    if piece.scale is None:
+        return None
+    rows, columns = piece.stored
+    if piece.group:
+        wanted = [(rows, -(-columns // piece.group))]
+    else:
+        wanted = [(rows, 1), (1, 1)]
+    count, parts = math.prod(piece.scale.shape), 1 if piece.index is None else piece.entry.shape[0]
+    stacked = piece.index is not None and bool(piece.scale.shape) and piece.scale.shape[0] == parts
+    found = set()
+    for side in wanted:
+        if stacked and count == parts * math.prod(side):
+            found.add(ScaleLayout((piece.index or 0) * math.prod(side), *side))
+        if count == math.prod(side):
+            found.add(ScaleLayout(0, *side))
+    return found.pop() if len(found) == 1 else None
+
+
+def describe(targets: Sequence[Target], extra: dict[str, Any]) -> str:
+    """SHA-256 over a request and over the size, time and place of every file that it reads, but not over paths.
+
+    Raises:
+        CheckpointError: a file is not there.
+    """
+    files = sorted({entry.file for entry in entries_of(targets)})
+    numbers = {file: i for i, file in enumerate(files)}
+
+    def entry_of(entry: TensorEntry | None) -> list[Any] | None:
+        if entry is None:
+            return None
+        return [entry.name, entry.dtype, entry.shape, numbers[entry.file], entry.offset, entry.nbytes]
+
+    def piece_of(piece: Piece) -> list[Any]:
+        flags = [piece.index, piece.columns, piece.transpose, piece.group]
+        return [entry_of(piece.entry), entry_of(piece.scale), *flags]
+
+    digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
+    for file in files:
+        digest.update(json.dumps([file.name, *stamp(file)]).encode())
+    for target in targets:
+        pieces = [[piece_of(piece) for piece in blocks] for blocks in target.pieces]
+        digest.update(json.dumps([target.name, target.dtype, target.shape, pieces]).encode())
+    return digest.hexdigest()
+
+
+def stamp(file: Path | int) -> tuple[int, int, int, int]:
+    """What tells whether a file was changed or replaced: device, inode, size and time of the last write.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        state = os.stat(file)  # noqa: PTH116, descriptors too
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint="it was there before") from error
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
