@@ -140,12 +140,12 @@ def prepare(work: Path, name: str) -> Path:
     return checkpoint
 
 
-def tail(log: Path) -> str:
-    """The line of a log that says most about its end: the last that names an error, else the last one."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
-    named = [line for line in plain if re.match(r"error:|(<class ')?[\w.]*(Error|Exception|KeyError)\b", line)]
-    return (named or plain or [""])[-1][:240]
+def cause(log: str) -> str:
+    """The line of a log that says why it ended: the first of torch's summary, the last error, or the last line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in log.splitlines() if line.strip()]
+    summary = [line.split("'>: ", 1)[1] for line in lines if re.match(r"<class '[\w.]+'>: ", line)]
+    named = [line for line in lines if re.match(r"error:|[\w.]*(Error|Exception)\b", line)]
+    return (summary[:1] or named[-1:] or lines[-1:] or [""])[0][:240]
 
 
 def judge(subject: str, checkpoint: Path, out: Path, work: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -169,12 +169,23 @@ def ended_badly(outcome: Outcome, log: Path, limits: Limits) -> dict[str, Any] |
         return {"verdict": "stopped", "evidence": f"passed {limits.seconds / 60:.0f} minutes"}
     if outcome.status:
         text = log.read_text(errors="replace")
-        return {"verdict": "refused" if REFUSAL.search(text) else "failed", "evidence": tail(log)}
+        return {"verdict": "refused" if REFUSAL.search(text) else "failed", "evidence": cause(text)}
     return None
 
 
-def compete(name: str, command: list[str], subject: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Contender:
+    """Somebody who exports; ``command`` is empty where it is not installed."""
+
+    name: str
+    version: str
+    command: tuple[str, ...]
+    telling: str = ""
+
+
+def compete(contender: Contender, subject: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """One contender on one checkpoint."""
+    name = contender.name
     limits = Limits(args.memory * 1024, args.minutes * 60)
     checkpoint = prepare(work, subject)
     label = re.sub(r"\W+", "-", f"{subject} {name}")
@@ -185,13 +196,20 @@ def compete(name: str, command: list[str], subject: str, args: argparse.Namespac
         temporary.mkdir()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
         out = Path(folder) / "out"
-        line = [part.format(checkpoint=checkpoint, out=out) for part in command]
-        outcome = run(line, log, limits, environment)
+        command = [part.format(checkpoint=checkpoint, out=out) for part in contender.command]
+        if name == OURS and SUBJECTS[subject].nested:
+            command.append("--text-only")
+        outcome = run(command, log, limits, environment)
         verdict = ended_badly(outcome, log, limits)
         written = written_bytes(Path(folder), checkpoint)
         if verdict is None:
             verdict = judge(subject, checkpoint, out, work, environment)
-    return {"contender": name, "subject": subject, **outcome.as_dict(), "written_bytes": written, **verdict}
+    if contender.telling and verdict["verdict"] == "wrong":
+        said = re.search(contender.telling, log.read_text(errors="replace"))
+        verdict["evidence"] += f"; its log: {said[0]}" if said else ""
+    verdict["evidence"] = verdict["evidence"].replace(f"{checkpoint}", "CHECKPOINT").replace(folder, "OUT")
+    row = {"contender": name, "version": contender.version, "subject": subject}
+    return {**row, **outcome.as_dict(), "written_bytes": written, **verdict}
 
 
 def interpreter(peer: Peer, environments: Path | None) -> Path | None:
@@ -208,33 +226,39 @@ def version_of(python: Path, package: str) -> str:
     return subprocess.run([str(python), "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def contenders(args: argparse.Namespace) -> list[tuple[str, str, list[str] | None]]:
-    """Name, version and command of everybody; no command: not installed."""
-    ours = [sys.executable, "-m", "shuntyard.cli", "export", "{checkpoint}", "{out}"]
-    found: list[tuple[str, str, list[str] | None]] = [(OURS, importlib.metadata.version("shuntyard"), ours)]
+def contenders(args: argparse.Namespace) -> list[Contender]:
+    """Everybody, or those whom ``--only`` names."""
+    ours = (sys.executable, "-m", "shuntyard.cli", "export", "{checkpoint}", "{out}")
+    found = [Contender(OURS, importlib.metadata.version("shuntyard"), ours)]
     for peer in PEERS:
-        package = peer.packages[0].split("==")[0] if peer.packages else peer.name.split(".")[0].split()[0]
         python = interpreter(peer, args.peers)
-        version = version_of(python, package) if python else peer.packages[0].split("==")[1]
-        command = peer.command(python, Path("{checkpoint}"), Path("{out}")) if python else None
-        found.append((peer.name, version, command))
-    return [one for one in found if not args.only or any(word in one[0] for word in args.only)]
+        package = peer.packages[0] if peer.packages else peer.name.split(".")[0].split()[0]
+        version = version_of(python, package.split("==")[0]) if python else package.split("==")[1]
+        command = peer.command(python, Path("{checkpoint}"), Path("{out}")) if python else []
+        found.append(Contender(peer.name, version, tuple(command), peer.telling))
+    return [one for one in found if not args.only or any(word in one.name for word in args.only)]
+
+
+def missing(contender: Contender, subject: str) -> dict[str, Any]:
+    """The row of a peer that is not installed."""
+    packages = next(peer.packages for peer in PEERS if peer.name == contender.name)
+    row = {"contender": contender.name, "version": contender.version, "subject": subject}
+    return {**row, "verdict": "not installed", "evidence": f"pip install {packages[0]}"}
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everybody on everything, as one JSON-ready record."""
+    everybody = contenders(args)
+    for python in {one.command[0] for one in everybody if one.command}:
+        # Nobody pays for the first reading of torch's files.
+        subprocess.run([python, "-c", "import onnxscript, torch, transformers"], stderr=subprocess.DEVNULL)
     neighbours = timing.Neighbours()
     results = []
     for subject in args.checkpoints:
-        for name, version, command in contenders(args):
-            print(f"{subject}: {name} ...", file=sys.stderr, flush=True)
-            if command is None:
-                pip = next(f"pip install {peer.packages[0]}" for peer in PEERS if peer.name == name)
-                row = {"contender": name, "subject": subject, "verdict": "not installed", "evidence": pip}
-            else:
-                nested = name == OURS and SUBJECTS[subject].nested
-                row = compete(name, [*command, "--text-only"] if nested else command, subject, args, work)
-            results.append(row | {"version": version})
+        for contender in everybody:
+            print(f"{subject}: {contender.name} ...", file=sys.stderr, flush=True)
+            found = compete(contender, subject, args, work) if contender.command else missing(contender, subject)
+            results.append(found)
     parameters = {name: checkpoint_parameters(prepare(work, name)) for name in args.checkpoints}
     return {
         "what": "export to ONNX",

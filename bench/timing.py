@@ -92,7 +92,7 @@ def command() -> str:
     kept: list[str] = []
     while arguments:
         kept += [arguments.pop(0)]
-        if kept[-1] in ("--json", "--work", "--profile"):
+        if kept[-1] in ("--json", "--peers", "--profile", "--work"):
             kept.pop()
             arguments = arguments[1:]
     return shlex.join(["python", f"bench/{Path(script).name}", *kept])

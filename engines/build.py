@@ -284,13 +284,13 @@ def _build_tensorrt(
 ) -> BuildFacts:
     from shuntyard.engines.tensorrt_build import build_plan
 
-    lower.for_tensorrt(
+    nibbles = lower.for_tensorrt(
         opened.model,
         dtype,
         context=limits.max_context,
         chunk=None if limits.chunk is None else min(limits.chunk, limits.max_context),
     )
-    return build_plan(opened, directory, request, dtype, limits, report)
+    return build_plan(opened, nibbles, directory, request, dtype, limits, report)
 
 
 def json_ready(manifest: EngineManifest) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from shuntyard.errors import EngineError
 from shuntyard.exporter.graph import COMPUTE_TYPES
+from shuntyard.exporter.storage import op_of
 from shuntyard.exporter.trace import DTYPE_ATTRIBUTE
 from shuntyard.plugins.contract import CACHED_ATTENTION, DOMAIN, EXPERTS, PLUGINS, ROUTING, SCATTER_ADD
 
@@ -34,10 +35,12 @@ _TENSORRT_TYPES = {
     "Half": "fp16",
     "BFloat16": "bf16",
     "FP8": "fp8",
+    "Int4": "int4",
     "Int32": "int32",
     "Int64": "int64",
 }
-_FLOATS = frozenset({"fp32", "fp16", "bf16", "fp8"})
+_FLOATS = frozenset({"fp32", "fp16", "bf16", "fp8", "int4"})
+"""Types of values; INT4 stands for weights that are numbers, not indices."""
 
 NOT_ASKED = "the plan is not what was asked for"
 UNKNOWN_FORM = "this version of TensorRT writes its log differently; what it built cannot be checked"
@@ -117,6 +120,8 @@ def graph_layers(model: ir.Model) -> list[Layer]:
     names = {int(dtype): name for name, dtype in COMPUTE_TYPES.items()}
     layers = []
     for node in model.graph:
+        if DTYPE_ATTRIBUTE not in node.attributes:
+            continue  # a quantised weight, widened
         compute = names[node.attributes[DTYPE_ATTRIBUTE].as_int()]
         constants = [_short(v.dtype) for v in node.inputs if v is not None and v.is_initializer()]
         plain = [_short(v.dtype) for v in node.inputs if v is not None and not v.is_initializer()]
@@ -134,7 +139,9 @@ def expected_plugins(model: ir.Model) -> Counter[str]:
     """How many nodes of each plugin op the whole graph runs, counting through its function calls."""
     plugin_names = {op.name for op in PLUGINS}
     inside = {
-        function.name: Counter(n.op_type for n in function if n.domain == DOMAIN and n.op_type in plugin_names)
+        function.name: Counter(
+            op_of(n.op_type) for n in function if n.domain == DOMAIN and op_of(n.op_type) in plugin_names
+        )
         for function in model.functions.values()
     }
     total: Counter[str] = Counter()
@@ -148,18 +155,28 @@ def expected_precision(model: ir.Model, dtype: str) -> dict[str, str]:
     paths = {CACHED_ATTENTION.name: "self_attn.attention", **{op.name: op.name for op in PLUGINS}}
     inside = {
         function.name: [
-            paths.get(node.op_type, str(node.name))
+            paths.get(op_of(node.op_type), str(node.name))
             for node in function
-            if node.op_type == "MatMul" or node.op_type in paths
+            if node.op_type == "MatMul" or op_of(node.op_type) in paths
         ]
         for function in model.functions.values()
-        if function.name not in paths
+        if op_of(function.name) not in paths
     }
     in_fp32 = {ROUTER, ROUTING.name}
     return {
         _join(str(call.name), node): "fp32" if node in in_fp32 else dtype
         for call in model.graph
         for node in inside.get(call.op_type, [])
+    }
+
+
+def stored_types(model: ir.Model) -> dict[str, str]:
+    """Which weights a product may read beside its own type, because they are stored quantised: path -> type."""
+    names = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT4: "int4", ir.DataType.UINT4: "int4"}
+    return {
+        str(value.name).rsplit(".weight", 1)[0]: names[value.dtype]
+        for value in model.graph.initializers.values()
+        if value.dtype in names
     }
 
 
@@ -179,8 +196,8 @@ def check_plugins(layers: list[Layer], expected: Counter[str]) -> dict[str, int]
     return {str(name): count for name, count in sorted(built.items(), key=str)}
 
 
-def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
-    """Holds what the plan computes in to what was asked.
+def check_precision(layers: list[Layer], expected: dict[str, str], stored: dict[str, str]) -> None:
+    """Holds what the plan computes in to what was asked; ``stored`` has the types of quantised weights.
 
     Every product, attention and plugin of the graph must be found in the plan, in layers that read its type; such a
     layer may read fp32 beside it (a norm that is fused with it, the scales of a product), but a plain ``gemm`` or a
@@ -192,7 +209,7 @@ def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
     found = dict.fromkeys(expected, False)
     for layer in layers:
         for path in expected.keys() & set(layer.origins):
-            found[path] |= _shows(layer, path, expected[path])
+            found[path] |= _shows(layer, path, expected[path], stored.get(path))
     for path, is_there in found.items():
         if not is_there:
             raise EngineError(f"no layer of the plan shows that it computes {path} in {expected[path]}", hint=NOT_ASKED)
@@ -204,8 +221,8 @@ def check_precision(layers: list[Layer], expected: dict[str, str]) -> None:
             raise EngineError(f"layer '{layer.name}' computes in {names}, which nobody asked for", hint=NOT_ASKED)
 
 
-def _shows(layer: Layer, path: str, dtype: str) -> bool:
-    """Whether ``layer`` proves that ``path`` is computed in ``dtype``.
+def _shows(layer: Layer, path: str, dtype: str, stored: str | None) -> bool:
+    """Whether ``layer`` proves that ``path`` is computed in ``dtype``, from weights that may be of type ``stored``.
 
     Raises:
         EngineError: it proves that it is not.
@@ -215,7 +232,7 @@ def _shows(layer: Layer, path: str, dtype: str) -> bool:
     if layer.plugin in (EXPERTS.name, SCATTER_ADD.name):
         activations, weights = {layer.inputs[0]}, set()  # scores are fp32, weights of the checkpoint's type
     allowed = {dtype} if layer.kind == "gemm" or layer.plugin else {dtype, "fp32"}
-    if activations - allowed or weights - {dtype, "fp32"}:
+    if activations - allowed or weights - {dtype, "fp32", stored}:
         read = ", ".join(sorted(activations | weights))
         raise EngineError(
             f"{path} was to compute in {dtype}, but layer '{layer.name}' ({layer.kind}) reads {read}", hint=NOT_ASKED

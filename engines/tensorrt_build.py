@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from shuntyard.engines import layer_table
+from shuntyard.engines.lower import signed_nibbles
 from shuntyard.engines.manifest import LOG_NAME, Limits
 from shuntyard.engines.tensorrt_child import OWN
 from shuntyard.engines.tensorrt_runner import MODULES, import_tensorrt
@@ -81,9 +82,18 @@ def check_backend(request: Request) -> tuple[Any, str]:
 
 
 def build_plan(
-    opened: Opened, directory: Path, request: Request, dtype: str, limits: Limits, report: Reporter
+    opened: Opened,
+    nibbles: list[ir.Value],
+    directory: Path,
+    request: Request,
+    dtype: str,
+    limits: Limits,
+    report: Reporter,
 ) -> BuildFacts:
-    """Builds ``engine.plan`` from the lowered model in ``opened``; see ``build`` for what it raises."""
+    """Builds ``engine.plan`` from the lowered model in ``opened``; see ``build`` for what it raises.
+
+    ``nibbles`` are the INT4 initializers whose bytes TensorRT wants in another form.
+    """
     from shuntyard.engines.build import BuildFacts
 
     trt, target = check_backend(request)
@@ -99,6 +109,8 @@ def build_plan(
         )
     with tempfile.TemporaryDirectory(prefix=".work-", dir=directory) as scratch:
         work = Path(scratch)
+        if nibbles:
+            signed_nibbles(nibbles, work / "int4.bin")
         proto = ir.to_proto(opened.model)
         for header in opened.checkpoint.headers:
             # The builder maps the weights from the graph's own directory.
@@ -125,7 +137,7 @@ def build_plan(
     try:
         layers = layer_table.parse_tensorrt_log(log)
         plugins = layer_table.check_plugins(layers, expected)
-        layer_table.check_precision(layers, precision)
+        layer_table.check_precision(layers, precision, layer_table.stored_types(opened.model))
     except EngineError as error:
         raise EngineError(error.message, hint=f"{error.hint}; {_keep(log)}") from error
     found = ", ".join(f"{count} {name}" for name, count in plugins.items())

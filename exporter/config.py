@@ -285,7 +285,7 @@ def explain(error: ValidationError, path: Path, within: str = "") -> CheckpointE
     where = ".".join([within] * bool(within) + [str(part) for part in first["loc"]]) or "configuration"
     given = "" if first["type"] in ("missing", "value_error") else f", got {brief(first['input'])}"
     message = f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}{given}"
-    if first["type"] in ("literal_error", "extra_forbidden"):
+    if first["type"] in ("literal_error", "extra_forbidden", "none_required"):
         return UnsupportedError(message, hint="shuntyard computes no other; changing config.json changes the model")
     return CheckpointError(message, hint=HINT_CONFIG)
 

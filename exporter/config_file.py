@@ -60,10 +60,10 @@ def parse_config_file(raw: dict[str, Any], path: Path) -> ConfigFile:
             f"{path}: config key '{unknown[0]:.80}' is not understood beside {NESTED_IN}",
             hint="it could change what the model computes; remove it only if you know that it does not",
         )
-    text = raw.get(NESTED_IN)
-    if not isinstance(text, dict):
-        raise CheckpointError(f"{path}: {NESTED_IN} is {brief(text)}, must be an object", hint=HINT_CONFIG)
-    text = dict(text)
+    inner = raw.get(NESTED_IN)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path}: {NESTED_IN} is {brief(inner)}, must be an object", hint=HINT_CONFIG)
+    text = dict(inner)
     text.setdefault("model_type", "llama4_text")  # transformers takes it as given there
     quantization = _quantization(raw, path)
     nested = _quantization(text, path)

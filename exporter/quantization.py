@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.config import brief, explain
@@ -73,20 +73,16 @@ class Quantization:
     activations: str  # "static", "dynamic" or "none": what the file is meant to be run with
     kv_cache: bool
 
-    @property
-    def has_activation_scales(self) -> bool:
-        """Whether scales for activations or KV caches belong into the files."""
-        return self.activations == "static" or self.kv_cache
-
     def scheme_of(self, *names: str) -> Scheme | None:
         """The scheme of a Linear that goes by these names (with and without the prefix); None: it is plain.
 
-        A name counts before a pattern, a pattern before a class, as in compressed-tensors' ``match_targets``.
+        A name counts before a pattern, a pattern before a class, and of two patterns the first by alphabet, as in
+        compressed-tensors' ``match_targets``.
         """
         if any(self._matches(pattern, name) for pattern in self.ignored for name in names):
             return None
         targets = [(target, group.scheme) for group in self.groups for target in group.targets]
-        for target, scheme in sorted(targets, key=lambda pair: (pair[0] == LINEAR, pair[0].startswith("re:"))):
+        for target, scheme in sorted(targets, key=lambda pair: (pair[0] == LINEAR, "re:" in pair[0], pair[0])):
             if target == LINEAR or any(self._matches(target, name) for name in names):
                 return scheme
         return None
@@ -120,7 +116,7 @@ class _Arguments(_Strict):
     group_size: int | None = None
     dynamic: bool | Literal["local"] = False
     block_structure: None = None
-    actorder: str | bool | None = None
+    actorder: Literal["group", "dynamic", "weight", "static"] | bool | None = None
     observer: str | None = None
     observer_kwargs: dict[str, Any] | None = None
     scale_dtype: str | None = None
@@ -148,13 +144,6 @@ class _CompressedTensors(_Strict):
     sparsity_config: dict[str, Any] = {}
     transform_config: dict[str, Any] = {}
     version: str | None = None
-
-    @field_validator("sparsity_config", "transform_config")
-    @classmethod
-    def _must_be_empty(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value and value != {"format": "dense"}:
-            raise ValueError(f"{brief(value)}: sparsity and transforms are not supported")
-        return value
 
 
 class _Producer(_Strict):
@@ -230,6 +219,13 @@ def _parse(model: type[_Model], raw: dict[str, Any], path: Path, where: str) -> 
 
 def _compressed_tensors(section: dict[str, Any], path: Path) -> Quantization:
     config = _parse(_CompressedTensors, section, path, "quantization_config")
+    for key in ("sparsity_config", "transform_config"):
+        value = getattr(config, key)
+        if value and value.get("format") != "dense":  # older versions write at length that nothing is sparse
+            raise UnsupportedError(
+                f"{path}: quantization_config.{key} is {brief(value)}: sparsity and transforms are not supported",
+                hint="give the checkpoint that was quantised without",
+            )
     groups, activations = [], "none"
     for name, group in config.config_groups.items():
         where = f"{path}: quantization_config.config_groups.{name}"
@@ -240,7 +236,7 @@ def _compressed_tensors(section: dict[str, Any], path: Path) -> Quantization:
             if activations not in ("none", kind):
                 raise UnsupportedError(f"{where}: activations are {kind}, in another group {activations}", hint=EDITED)
             activations = kind
-        known = [target for target in group.targets if target == LINEAR or target.startswith("re:") or "." in target]
+        known = [t for t in group.targets if t in (LINEAR, "lm_head") or t.startswith("re:") or "." in t]
         if len(known) < len(group.targets):
             odd = next(target for target in group.targets if target not in known)
             raise UnsupportedError(
@@ -266,6 +262,10 @@ def _scheme(weights: _Arguments, where: str) -> Scheme:
         )
     if weights.dynamic:
         raise UnsupportedError(f"{where}: weights.dynamic is true", hint="weights are quantised once")
+    if what[2] in ("tensor", "channel") and size not in (None, -1):
+        raise UnsupportedError(
+            f"{where}: weights.group_size is {size}, but strategy is {brief(what[2])}", hint="one of the two is wrong"
+        )
     if what == ("float", 8, "tensor"):
         return Scheme("tensor")
     if what == ("float", 8, "channel"):
@@ -301,7 +301,7 @@ def _modelopt_embedded(section: dict[str, Any], path: Path) -> Quantization:
     config = _parse(_ModelOptEmbedded, section, path, "quantization_config")
     for name, group in config.config_groups.items():
         weights, where = group.weights, f"{path}: quantization_config.config_groups.{name}"
-        if weights is None or (weights.type, weights.num_bits) != ("float", 8) or group.targets != [LINEAR]:
+        if weights is None or _scheme(weights, where) != Scheme("tensor") or group.targets != [LINEAR]:
             raise UnsupportedError(f"{where}: is not ModelOpt's FP8 of all Linears", hint=EDITED)
     return _modelopt(path, config.ignore, config.kv_cache_scheme is not None)
 

@@ -105,7 +105,7 @@ def _lock(directory: Path) -> int:
 
 
 def _enter(target: Path, key: str, stack: contextlib.ExitStack) -> tuple[Path, bool]:
-    """Makes or finds the partial directory of ``key``, locked until ``stack`` closes, and whether it can be continued."""
+    """Makes or finds the partial directory of ``key``, locked until ``stack`` closes; says if it can be continued."""
     partial = target.parent / f".{target.name}.partial-{key[:16]}"
     deadline = time.monotonic() + _PATIENCE
     while True:
@@ -125,6 +125,7 @@ def _enter(target: Path, key: str, stack: contextlib.ExitStack) -> tuple[Path, b
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
                 raise
             # No locks here: two runs could meet in it. So each has its own, and none is continued.
+            _remove_if_empty(partial)
             partial = target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
             partial.mkdir()
             return partial, False
@@ -225,7 +226,7 @@ def journal_files(path: Path) -> list[str]:
 
 @dataclass
 class Journal:
-    """What is done of a request. ``parts[i]`` counts the parts of the i-th file; ``done`` holds (file, part).
+    """What is done of a request: ``done`` holds (file, part), ``synced`` the files that are on the disk, by number.
 
     The text: a line of JSON with the key and the files, then ``boot ID``, ``done FILE PART`` and ``synced FILE``.
     """
@@ -260,6 +261,8 @@ class Journal:
                     return
         except ValueError:
             return  # nothing that we wrote
+        if not {file for file, _ in sure | unsure} | synced <= set(range(len(self.files))):
+            return
         self.done, self.synced = sure | {(file, part) for file, part in unsure if file in synced}, synced
 
     def open(self) -> None:

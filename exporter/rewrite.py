@@ -1,9 +1,9 @@
 """Writes weights anew, in another type or layout, as a stream: memory stays the same however large a tensor is.
 
 A request (``rewrite_request``) says which stored matrices make each new tensor. ``rewrite_shards`` lays the new tensors
-out in shards and cuts them into chunks of some ten megabytes; ``rewrite_kernels`` makes a chunk's bytes. Here, threads
-work through the chunks: numpy's copies and casts, ``pread`` and ``pwrite`` all let other threads run meanwhile. A chunk's
-bytes depend on nothing but the request, so they are the same with any number of threads.
+out in shards and cuts them into chunks of tens of megabytes; ``rewrite_kernels`` makes a chunk's bytes. Here, threads
+work through the chunks: numpy's copies and casts, ``pread`` and ``pwrite`` all let other threads run meanwhile. A
+chunk's bytes depend on nothing but the request, so they are the same with any number of threads.
 
 Every value is seen, and NaN and infinity are refused, in copies too. A chunk is done once ``write`` took it. Each shard
 is synced to the disk as it becomes complete, all before the directory appears (``resumable`` says why that is enough).
@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shuntyard.errors import OutputError
 from shuntyard.exporter.resumable import Journal, Workspace, journal_files, sync
@@ -34,8 +35,10 @@ SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 80 * 2**20
 """What is done or not done after an interruption; in bf16, one matrix of an expert of Llama 4."""
 
-BAND_BYTES = 2**20
-"""What is written at a time where nothing is transposed: little enough to stay in a core's cache."""
+WRITE_BYTES = 2**20
+"""What is written at a time. Where nothing is transposed, a band of this size is read, cast and written while it is in
+the core's cache. Larger writes also make the kernel take larger pages: 80 MiB at a time took twice the processor time.
+"""
 
 MOST_WORKERS = 4
 """Each holds a chunk: with torch beside it, the process stays below 1 GB. More would rather wait for the disk."""
@@ -77,26 +80,27 @@ def rewrite(
         The headers of the new shards, as they are read back.
 
     Raises:
-        CheckpointError: the source is not as the request says, changed meanwhile, or holds a value that is not finite or
-            does not fit its new type.
+        CheckpointError: the source is not as the request says, changed meanwhile, or holds a value that is not finite
+            or does not fit its new type.
         UnsupportedError: a type that cannot be rewritten.
         OutputError: there is not enough space.
         OSError: the shards cannot be written; ``resumable_directory`` explains it.
     """
     check_request(targets)
-    key = request_key(targets, source_fingerprint, shard_bytes, chunk_bytes)
     shards = plan_shards(targets, shard_bytes, chunk_bytes)
     with ExitStack() as stack:
         sources = Sources(targets)
         stack.callback(sources.close)
+        # Only now: a file that changes before it is opened has another key, one that changes later is found out.
+        key = request_key(targets, source_fingerprint, shard_bytes, chunk_bytes)
         journal = Journal(work.journal, key, [shard.name for shard in shards])
         journal.read()
-        _forget_damaged(shards, work.directory, journal)
-        _check_space(shards, work)
+        kept = _forget_damaged(shards, work.directory, journal)
+        _check_space(shards, kept, work)
         journal.open()
         stack.callback(journal.close)
-        for shard in shards:
-            if not (work.directory / shard.name).exists():
+        for i, shard in enumerate(shards):
+            if i not in kept:
                 _reserve(work.directory / shard.name, shard)
         files = stack.enter_context(_Files(shards, work.directory))
         _Run(shards, files, sources, journal, progress).run(workers or default_workers())
@@ -114,14 +118,15 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-def _forget_damaged(shards: Sequence[Shard], directory: Path, journal: Journal) -> None:
-    """Removes the files of an earlier run that cannot be continued, and their entries."""
+def _forget_damaged(shards: Sequence[Shard], directory: Path, journal: Journal) -> set[int]:
+    """Removes the files of an earlier run that cannot be continued, and their entries; tells which shards can."""
     known = journal.synced | {file for file, _ in journal.done}
     kept = {i for i in known if _is_ours(directory / shards[i].name, shards[i])}
     for name in set(journal_files(journal.path)) - {shards[i].name for i in kept}:
         (directory / name).unlink(missing_ok=True)
     journal.done = {(file, part) for file, part in journal.done if file in kept}
     journal.synced &= kept
+    return kept
 
 
 def _is_ours(path: Path, shard: Shard) -> bool:
@@ -136,12 +141,10 @@ def _is_ours(path: Path, shard: Shard) -> bool:
         return False
 
 
-def _check_space(shards: Sequence[Shard], work: Workspace) -> None:
-    there = 0
-    for shard in shards:
-        if (work.directory / shard.name).exists():
-            there += min((work.directory / shard.name).stat().st_blocks * 512, shard.file_bytes)
-    missing, free = sum(shard.file_bytes for shard in shards) - there, shutil.disk_usage(work.directory).free
+def _check_space(shards: Sequence[Shard], kept: set[int], work: Workspace) -> None:
+    missing, free = sum(shard.file_bytes for shard in shards), shutil.disk_usage(work.directory).free
+    for i in kept:
+        missing -= min((work.directory / shards[i].name).stat().st_blocks * 512, shards[i].file_bytes)
     if missing > free:
         raise OutputError(
             f"{work.target}: the new weights need {missing:,} bytes, {free:,} are free",
@@ -150,7 +153,7 @@ def _check_space(shards: Sequence[Shard], work: Workspace) -> None:
 
 
 def _reserve(path: Path, shard: Shard) -> None:
-    """Makes a shard's file, with its header and room for its data: the disk is full now, or will not be."""
+    """Makes a new file with a shard's header and room for its data: the disk is full now, or will not be."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         _write(descriptor, memoryview(shard.header), 0)
@@ -185,7 +188,7 @@ class _Files:
 
 def _write(descriptor: int, data: memoryview, place: int) -> None:
     while data:
-        written = os.pwrite(descriptor, data, place)
+        written = os.pwrite(descriptor, data[:WRITE_BYTES], place)
         data, place = data[written:], place + written
 
 
@@ -272,8 +275,8 @@ class _Run:
         chunk = self._jobs[number].chunk
         scratch = self._scratch.get()
         try:
-            for band in chunk.bands(BAND_BYTES):
-                data = fill(band, self._sources, scratch)
+            for band in chunk.bands(WRITE_BYTES):
+                data: Any = fill(band, self._sources, scratch)
                 if band.row_bytes == band.stride:
                     _write(descriptor, memoryview(data.reshape(-1)), band.place)
                 else:

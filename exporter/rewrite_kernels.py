@@ -25,7 +25,7 @@ from shuntyard.exporter.rewrite_request import Piece, Target, entries_of, scale_
 from shuntyard.exporter.rewrite_shards import Chunk
 from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry, read_header
 
-TILE_ROWS, TILE_COLUMNS = 64, 8192
+TILE_ROWS, TILE_COLUMNS = 128, 8192
 """A tile that is turned: it is read in runs of so many columns, and placed in runs of so many rows."""
 
 TILE_VALUES = 512 * 1024
@@ -47,10 +47,11 @@ _FIRST_BAD = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F}
 
 @functools.cache
 def _table(source: str, target: str) -> NDArray[Any]:
-    """The bits in ``target`` of every value of ``source``, as ml_dtypes casts it: faster than casting each value anew."""
+    """The bits in ``target`` of every value of ``source``, cast once by ml_dtypes: faster than casting each anew."""
     every = np.arange(1 << ITEM_BITS[source], dtype=_BITS[source]).view(_TYPES[source])
     with np.errstate(over="ignore", invalid="ignore"):
-        return every.astype(_TYPES[target]).view(_BITS[target])
+        table: NDArray[Any] = every.astype(_TYPES[target]).view(_BITS[target])
+    return table
 
 
 _BYTES = np.arange(256)
@@ -110,34 +111,25 @@ class Sources:
         Raises:
             CheckpointError: the file cannot be read, or ends before; names it.
         """
-        rows, width = into.shape
-        if width == stride and into.flags.c_contiguous:
-            self._read_run(file, offset, [into.reshape(-1)])
-        elif width == stride:
-            lines = list(into)
-            for row in range(0, rows, _MOST_VECTORS):
-                self._read_run(file, offset + row * stride, lines[row : row + _MOST_VECTORS])
-        else:
-            descriptor, preadv = self._descriptors[file], os.preadv
-            for line in into:
-                if preadv(descriptor, (line,), offset) != width:
-                    self._read_run(file, offset, [line])
-                offset += stride
-
-    def _read_run(self, file: Path, offset: int, lines: list[NDArray[np.uint8]]) -> None:
-        wanted = len(lines) * len(lines[0])
+        width = into.shape[1]
+        lines: list[Any] = [into.reshape(-1)] if width == stride and into.flags.c_contiguous else list(into)
+        most = _MOST_VECTORS if width == stride else 1
         try:
-            got = os.preadv(self._descriptors[file], lines, offset)
-            if got == wanted:
-                return
-            for line in lines:  # a short read is no error yet
-                view = memoryview(line)
-                while view and (got := os.preadv(self._descriptors[file], [view], offset)):
-                    view, offset = view[got:], offset + got
-                if view:
-                    raise CheckpointError(f"{file}: ends at byte {offset}, within a tensor", hint=_CHANGED)
+            for first in range(0, len(lines), most):
+                self._read_run(file, offset + first * stride, lines[first : first + most])
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint="check the disk") from error
+
+    def _read_run(self, file: Path, offset: int, lines: list[Any]) -> None:
+        descriptor = self._descriptors[file]
+        if os.preadv(descriptor, lines, offset) == len(lines) * len(lines[0]):
+            return
+        for line in lines:  # a short read is no error yet
+            view = memoryview(line)
+            while view and (got := os.preadv(descriptor, [view], offset)):
+                view, offset = view[got:], offset + got
+            if view:
+                raise CheckpointError(f"{file}: ends at byte {offset}, within a tensor", hint=_CHANGED)
 
     def will_need(self, file: Path, offset: int, nbytes: int) -> None:
         """Asks the system, once, to read a range ahead, whatever order it is then read in."""
@@ -234,11 +226,11 @@ class _Tile:
         turned = self.piece.transpose
         if not self._computed and self.piece.entry.dtype == dtype and not turned:
             self._read(place.view(np.uint8), sources)
-            self._check(place, dtype, sources, scratch)
+            self._check(place, dtype, sources)
             return
         raw = self._raw(sources, scratch)
         if not self._computed and self.piece.entry.dtype == dtype:
-            self._check(raw, dtype, sources, scratch)
+            self._check(raw, dtype, sources)
             np.copyto(place, raw)
             return
         cast = scratch.array("cast", self.rows, self.columns, _BITS[dtype], apart=True) if turned else place
@@ -250,7 +242,7 @@ class _Tile:
         else:
             looked_up = scratch.array("values", self.rows, self.columns, _BITS[dtype])
             np.copyto(cast, np.take(_table(source, dtype), raw, out=looked_up, mode="clip"))
-        self._check(cast, dtype, sources, scratch)
+        self._check(cast, dtype, sources)
         if turned:
             np.copyto(place, cast)
 
@@ -281,7 +273,7 @@ class _Tile:
     def _dequantised(self, raw: NDArray[Any], sources: Sources, scratch: Scratch) -> NDArray[np.float32]:
         """stored * scale, in fp32, ``[rows, columns]``."""
         if self.piece.group:
-            pairs = scratch.array("pairs", *raw.shape, np.float64)
+            pairs = scratch.array("pairs", raw.shape[0], raw.shape[1], np.float64)
             np.take(_FROM_INT4, raw, out=pairs, mode="clip")
             skip = self.column % 2
             stored = pairs.view(np.float32)[:, skip : skip + self.columns]
@@ -312,7 +304,7 @@ class _Tile:
             scales = np.take(scales, np.arange(self.column, self.column + self.columns) // piece.group - column, axis=1)
         return scales
 
-    def _check(self, bits: NDArray[Any], dtype: str, sources: Sources, scratch: Scratch) -> None:
+    def _check(self, bits: NDArray[Any], dtype: str, sources: Sources) -> None:
         """Two maxima see every NaN and infinity: of positive ones as signed, of negative ones as unsigned numbers."""
         first_bad, sign = _FIRST_BAD[dtype], 1 << (ITEM_BITS[dtype] - 1)
         if int(bits.view(_SIGNED[dtype]).max()) < first_bad and int(bits.max()) < first_bad + sign:
@@ -342,7 +334,7 @@ def _refusal(entry: TensorEntry, place: Sequence[Any], value: float, dtype: str 
     if dtype is None or not np.isfinite(value):
         hint = "the checkpoint is damaged; download the file again"
         return CheckpointError(f"{where}, which is not finite", hint=hint)
-    largest = float(ml_dtypes.finfo(_TYPES[dtype]).max)
+    largest = float(np.array(_FIRST_BAD[dtype] - 1, _BITS[dtype]).view(_TYPES[dtype]))
     return CheckpointError(
         f"{where}, which is beyond {largest:g}, the largest value of {dtype}", hint="ask for a wider type"
     )

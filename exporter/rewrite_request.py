@@ -1,6 +1,6 @@
 """What a rewrite is asked for: new tensors, each a mosaic of matrices that lie in stored tensors.
 
-A stored tensor is seen as a matrix: its last axis are the columns, all axes before it the rows, and a vector is one row.
+A stored tensor is seen as a matrix: its last axis are the columns, all axes before it the rows; a vector is one row.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Target:
-    """A new tensor. ``pieces`` are rows of blocks: the pieces of an inner tuple stand side by side (joined along the last
-    axis), the rows of blocks below each other. One piece is ``((piece,),)``; a stack of experts has one row for each.
+    """A new tensor.
+
+    ``pieces`` are rows of blocks: the pieces of an inner tuple stand side by side (joined along the last axis), the
+    rows of blocks below each other. One piece is ``((piece,),)``; a stack of experts has one row of blocks for each.
     """
 
     name: str
@@ -146,7 +148,7 @@ def _contradiction(target: Target) -> CheckpointError:
 def _check_piece(piece: Piece) -> None:
     entry = piece.entry
     where = f"{entry.file}: tensor '{entry.name}'"
-    if piece.group < 0 or piece.group and entry.dtype != "I32" or not piece.group and entry.dtype not in SOURCE_DTYPES:
+    if piece.group < 0 or entry.dtype not in (("I32",) if piece.group else SOURCE_DTYPES):
         raise UnsupportedError(
             f"{where} is {entry.dtype}, which cannot be rewritten{' as int4' if piece.group else ''}",
             hint=f"one of {', '.join(SOURCE_DTYPES)}, or int4 packed into I32",
@@ -199,10 +201,7 @@ def scale_layout(piece: Piece) -> ScaleLayout | None:
     if piece.scale is None:
         return None
     rows, columns = piece.stored
-    if piece.group:
-        wanted = [(rows, -(-columns // piece.group))]
-    else:
-        wanted = [(rows, 1), (1, 1)]
+    wanted = [(rows, -(-columns // piece.group))] if piece.group else [(rows, 1), (1, 1)]
     count, parts = math.prod(piece.scale.shape), 1 if piece.index is None else piece.entry.shape[0]
     stacked = piece.index is not None and bool(piece.scale.shape) and piece.scale.shape[0] == parts
     found = set()

@@ -147,7 +147,8 @@ _NUMPY: dict[str, Any] = {
 
 def numpy_dtype(entry: TensorEntry) -> np.dtype[Any]:
     """numpy's type for a tensor's values."""
-    return np.dtype(_NUMPY[entry.dtype])
+    dtype: np.dtype[Any] = np.dtype(_NUMPY[entry.dtype])
+    return dtype
 
 
 def read_values(entry: TensorEntry) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """Gives a traced layer function the inputs of weights as they are stored.
 
-A function is traced with plain weights, experts fused. Case 1, a quantised matrix: the input gets its scale beside it, and
-a ``ShuntyardDequantize`` stands where the weight was used. Case 2, experts in another form: the inputs of the function
-and of its experts node become the lists of that form; the experts op takes all forms itself.
+A function is traced with plain weights, experts fused. Case 1, a quantised matrix: the input gets its scale beside
+it, and a ``ShuntyardDequantize`` stands where the weight was used. Case 2, experts in another form: the inputs of the
+function and of its experts node become the lists of that form; the experts op takes all forms itself.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 A matrix is stored plain, or quantised with its scale beside it (see ``plugins/contract.py`` for the arithmetic):
 
-=========== ============================== ====================================== =====================
-form        weight                         scale                                  names
-=========== ============================== ====================================== =====================
-``none``    BF16, F16, F32                 none                                   ``M.weight``
-``tensor``  F8_E4M3                        one value                              ``M.weight_scale``
-``channel`` F8_E4M3                        one for each output channel            ``M.weight_scale``
-``group``   I32, eight INT4 values each    one for each group of an output channel ``M.weight_packed``, ``.weight_scale``
-=========== ============================== ====================================== =====================
+=========== =============================== ================================ ================================
+form        weight                          scale                            names
+=========== =============================== ================================ ================================
+``none``    BF16, F16, F32                  none                             ``M.weight``
+``tensor``  F8_E4M3                         one value                        ``.weight``, ``.weight_scale``
+``channel`` F8_E4M3                         one for each output channel      ``.weight``, ``.weight_scale``
+``group``   I32, eight INT4 values each     one for each group of a channel  ``.weight_packed``, ``.weight_scale``
+=========== =============================== ================================ ================================
 
 Experts are fused in one tensor (``experts.gate_up_proj``, its scale ``experts.gate_up_proj_weight_scale``) or linear,
 three modules each (``experts.3.gate_proj``). What is found is held to what the checkpoint declares.
@@ -37,8 +37,17 @@ LARGEST_TENSOR = 2**31 - 1
 SAME_CHECKPOINT = "config.json and the shards must be of the same checkpoint"
 DAMAGED = "the checkpoint was quantised by a tool that shuntyard does not know, or is damaged"
 
-ACTIVATION_SCALES = (".input_scale", ".k_scale", ".v_scale", ".gate_up_proj_input_scale", ".down_proj_input_scale")
-"""Scales for activations and KV caches. Nothing of these is quantised here, so they are waived."""
+ACTIVATION_SCALES = {
+    ".gate_up_proj_input_scale": ".gate_up_proj",
+    ".down_proj_input_scale": ".down_proj",
+    ".input_scale": ".weight",
+    ".self_attn.k_scale": ".self_attn.k_proj.weight",
+    ".self_attn.v_scale": ".self_attn.v_proj.weight",
+    ".k_proj.k_scale": ".k_proj.weight",
+    ".v_proj.v_scale": ".v_proj.weight",
+}
+"""Scales for activations and KV caches, and the weight that each belongs to. Nothing of these is quantised here, so
+they are waived."""
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -167,16 +176,27 @@ class _Matcher:
         raise UnsupportedError(f"{entry.file}: tensor '{entry.name}' is not understood{more}", hint=hint)
 
     def _is_activation_scale(self, name: str) -> bool:
-        if not name.endswith(ACTIVATION_SCALES):
+        """Whether a tensor is a scale for a quantised weight's inputs, or for a KV cache."""
+        end = next((end for end in ACTIVATION_SCALES if name.endswith(end)), None)
+        if end is None:
+            return False
+        weight, for_inputs = name.removesuffix(end) + ACTIVATION_SCALES[end], name.endswith("input_scale")
+        owner = self.tensors.get(weight if weight in self.used else f"{weight}_packed")
+        if owner is None or (for_inputs and owner.dtype in WEIGHT_DTYPES):
             return False
         entry, quantization = self.tensors[name], self.checkpoint.quantization
-        if quantization is None or not quantization.has_activation_scales:
+        declared = quantization is not None and (
+            quantization.activations == "static" if for_inputs else quantization.kv_cache
+        )
+        if not declared:
+            source = self.checkpoint.path / "config.json" if quantization is None else quantization.source
             raise CheckpointError(
-                f"{entry.file}: tensor '{entry.name}' is a scale for activations, but config.json declares none",
+                f"{entry.file}: tensor '{entry.name}' is a scale for {'activations' if for_inputs else 'a KV cache'}, "
+                f"but {source.name} declares none",
                 hint=DAMAGED,
             )
         heads = self.checkpoint.config.num_key_value_heads
-        sizes = {1} if name.endswith("input_scale") else {1, heads}
+        sizes = {1} if for_inputs else {1, heads}
         if entry.dtype not in WEIGHT_DTYPES or math.prod(entry.shape) not in sizes:
             raise UnsupportedError(
                 f"{entry.file}: tensor '{entry.name}' is {entry.dtype} {list(entry.shape)}; a scale is one number"

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.config_file import load_config_file
+from shuntyard.exporter.quantization import read_quantization
+from shuntyard.validate.dequantise import IMAGES, dequantised_state, text_config
 
 LARGEST_FREQUENCY_ERROR = 2e-6
 """transformers' frequencies are float32: so much may they be off, relatively, and no more."""
@@ -46,32 +48,24 @@ class Reference:
             ) from error
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        file = load_config_file(checkpoint / "config.json")
+        config = file.text
         try:
-            own = Llama4TextConfig.from_pretrained(checkpoint, local_files_only=True)
+            own = Llama4TextConfig(**text_config(checkpoint))
             # What would change the form of the answer, and nothing that is computed.
             own.return_dict, own.output_attentions, own.output_hidden_states = True, False, False
-            loaded: Any = Llama4ForCausalLM.from_pretrained(
-                checkpoint,
-                config=own,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            own._attn_implementation = "eager"
+            if read_quantization(checkpoint, file.quantization) is not None:
+                model: Any = _of_state(Llama4ForCausalLM, own, dequantised_state(checkpoint))
+            else:
+                model = _from_files(Llama4ForCausalLM, own, checkpoint)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"{checkpoint}: transformers cannot load it: {error}",
                 hint="the reference reads what transformers reads",
             ) from error
-        model, info = loaded
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(what):
-                names = sorted(str(name) for name in info[what])
-                raise CheckpointError(
-                    f"{checkpoint}: transformers reports {what.replace('_', ' ')}: {names[0]} (of {len(names)})",
-                    hint="a reference with uninitialised or ignored weights proves nothing",
-                )
-        config = load_config_file(checkpoint / "config.json").text
         rotary = model.model.rotary_emb
         exact = config.rope.inverse_frequencies(config.head_dim)
         off = np.abs(rotary.inv_freq.double().numpy() / exact - 1).max()
@@ -104,3 +98,34 @@ class Reference:
                 pad_token_id=0,
             )
         return [int(token) for token in out[0, len(tokens) :]]
+
+
+def _from_files(model_class: Any, config: Any, checkpoint: Path) -> Any:
+    """transformers' own loading, which must use every tensor but those of a vision tower, and miss none."""
+    model, info = model_class.from_pretrained(
+        checkpoint,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(what) or () if not str(name).startswith(IMAGES))
+        if names:
+            raise CheckpointError(
+                f"{checkpoint}: transformers reports {what.replace('_', ' ')}: {names[0]} (of {len(names)})",
+                hint="a reference with uninitialised or ignored weights proves nothing",
+            )
+    return model
+
+
+def _of_state(model_class: Any, config: Any, state: dict[str, torch.Tensor]) -> Any:
+    """A model of these weights; every one must be given and have its place."""
+    with torch.device("meta"):
+        model = model_class(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are in no file
+    if config.tie_word_embeddings:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model

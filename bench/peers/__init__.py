@@ -14,12 +14,16 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Peer:
-    """A contender: its file and arguments, and what its environment needs beside ours."""
+    """A contender: its file and arguments, and what its environment needs beside ours.
+
+    ``telling`` finds what its log says, aside, about an export that is wrong.
+    """
 
     name: str
     file: str
     arguments: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    telling: str = ""
 
     @property
     def environment(self) -> str:
@@ -95,6 +99,7 @@ PEERS = (
             "onnx-graphsurgeon==0.6.1",
             "onnxscript==0.7.1",
         ),
+        telling=r"Loaded \d+ tensors, skipped \d+",
     ),
     Peer("mobius", "mobius_build.py", packages=("mobius-onnx==0.1.0", "onnx-shape-inference")),
 )

@@ -66,9 +66,10 @@ def largest_live_set(config: Llama4Config, call: Call) -> LiveSet:
 
 def live_sets(config: Llama4Config, call: Call) -> Iterator[LiveSet]:
     """The live set of each stage of a call, on each GPU; B, S, T, N, G, F are those of one GPU."""
-    throughout = tuple(_throughout(config, call))
+    always, in_layers = tuple(_always(config, call)), tuple(_in_layers(config, call))
     for stage, terms in _stages(config, call):
-        yield LiveSet(stage, (*terms, *throughout))
+        yield LiveSet(stage, (*terms, *in_layers, *always))
+    yield LiveSet("head", (*_head(config, call), *always))
 
 
 def workspace(tokens: int, top_k: int, hidden: int, intermediate: int) -> int:
@@ -81,27 +82,40 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // 256) * 256
 
 
-def _throughout(config: Llama4Config, call: Call) -> Iterator[Term]:
+def _always(config: Llama4Config, call: Call) -> Iterator[Term]:
     """What lives as long as the call."""
     batch, new = call.batch, tokens_in_call(config, call.tokens, call.context)
-    tokens, hidden, head_dim = batch * new, config.hidden_size, config.head_dim
-    layers = range(config.num_hidden_layers)
-    rope = [i for i in layers if config.uses_rope(i)]
+    tokens, hidden = batch * new, config.hidden_size
     heads, keys = config.num_attention_heads // call.gpus, key_heads(config, call.gpus)
     yield Term("hidden state", "2TH", tokens * hidden * COMPUTE)
     if call.gpus > 1:
         yield Term("sum over the GPUs", "2TH", tokens * hidden * COMPUTE)
-    if rope:
-        yield Term("mask of RoPE layers", "2TL", tokens * config.cache_rows(rope[0], call.context) * COMPUTE)
-        yield Term("cos, sin", "4TD", tokens * head_dim * 4)
-    if len(rope) < config.num_hidden_layers:
-        yield Term("mask of NoPE layers", "2TC", tokens * call.context * COMPUTE)
     # int64 ids, positions, indices and slots; int32 rows of the caches (six a token and head); fp32 factors of QK norm.
     indices = tokens * (4 * 8 + 6 * 4 * keys + 4 * (heads + keys))
     yield Term("ids, positions, indices", "T(32 + 24G + 4(N + G))", indices)
     outputs = new if call.all_logits else 1
-    logits = batch * outputs * config.vocab_size * 4
-    yield Term("logits", "4TV" if call.all_logits else "4BV", logits)
+    yield Term("logits", "4TV" if call.all_logits else "4BV", batch * outputs * config.vocab_size * 4)
+
+
+def _in_layers(config: Llama4Config, call: Call) -> Iterator[Term]:
+    """What is made once for all layers."""
+    tokens = call.batch * tokens_in_call(config, call.tokens, call.context)
+    rope = [i for i in range(config.num_hidden_layers) if config.uses_rope(i)]
+    if rope:
+        yield Term("mask of RoPE layers", "2TL", tokens * config.cache_rows(rope[0], call.context) * COMPUTE)
+        yield Term("cos, sin", "4TD", tokens * config.head_dim * 4)
+    if len(rope) < config.num_hidden_layers:
+        yield Term("mask of NoPE layers", "2TC", tokens * call.context * COMPUTE)
+
+
+def _head(config: Llama4Config, call: Call) -> list[Term]:
+    """Room for the logits of every token, whatever is asked for: an execution context is made for its largest call.
+
+    Where the builder finds no kernel that writes a product in fp32, the logits are there in the compute type too.
+    """
+    tokens = call.batch * tokens_in_call(config, call.tokens, call.context)
+    normed = Term("normalised", "2TH", tokens * config.hidden_size * COMPUTE)
+    return [normed, Term("logits of all tokens, bf16", "2TV", tokens * config.vocab_size * COMPUTE)]
 
 
 def _stages(config: Llama4Config, call: Call) -> Iterator[tuple[str, list[Term]]]:
@@ -130,7 +144,6 @@ def _stages(config: Llama4Config, call: Call) -> Iterator[tuple[str, list[Term]]
         yield "dense FFN", [normed, Term("gate, up, product", "6TF", 3 * width)]
     if config.moe_layers:
         yield from _moe_stages(config, call, tokens, normed)
-    yield "head", [Term("normalised", "2TH", row)]
 
 
 def _moe_stages(config: Llama4Config, call: Call, tokens: int, normed: Term) -> Iterator[tuple[str, list[Term]]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from shuntyard.engines.plan import footprint
-from shuntyard.engines.plan.budget import Asked, Budget, Model, Request, budget_of, check_request, gib, read_model
+from shuntyard.engines.plan.budget import Asked, Budget, Model, Request, budget_of, check_request, read_model
 from shuntyard.engines.plan.footprint import StoredBytes
+from shuntyard.engines.plan.gpus import GIB
 from shuntyard.engines.plan.nearest import Change, largest, nearest
 
 MOST_SEQUENCES = 2**20
@@ -17,6 +18,15 @@ MOST_SEQUENCES = 2**20
 
 PLAN_BYTES, PLAN_BYTES_PER_LAYER = 6_000_000, 250_000
 """What a plan holds besides weights: 6.3 MB with 4 layers, 10.8 with 24, 15.4 with 48 (TensorRT-RTX 1.7, sm89)."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What is too large: ``nbytes``, where all else leaves ``room`` for it."""
+
+    term: str
+    nbytes: int
+    room: int
 
 
 @dataclass(frozen=True)
@@ -38,28 +48,33 @@ class Plan:
 
     @property
     def plan_bytes(self) -> int:
-        """Size of the engine files of all GPUs; a process that opens one reads it into host memory first."""
-        per_gpu = sum(self.budget.weights.values()) + PLAN_BYTES
-        return self.asked.gpus * (per_gpu + PLAN_BYTES_PER_LAYER * self.model.config.num_hidden_layers)
+        """Size of the engine file of one GPU; who opens it reads it into host memory first."""
+        layers = self.model.config.num_hidden_layers
+        return sum(self.budget.weights.values()) + PLAN_BYTES + PLAN_BYTES_PER_LAYER * layers
 
-    def reason(self) -> str:
-        """Why it does not fit, in one line."""
+    def reason(self) -> Reason | None:
+        """Why it does not fit; None: it does."""
         budget = self.budget
-        if budget.fixed > budget.usable:
-            return f"weights and reserve alone are {gib(budget.fixed - budget.usable)} GiB more than there is"
-        term, nbytes = max(
-            ("the KV cache of global layers", budget.cache.global_bytes),
-            ("the KV cache of local layers", budget.cache.local_bytes),
-            ("activations", budget.live.nbytes),
-            key=lambda pair: pair[1],
+        if budget.fits:
+            return None
+        beside = budget.usable - budget.fixed
+        if beside < 0:
+            weights = sum(budget.weights.values())
+            return Reason("weights", weights, budget.usable - budget.reserve)
+        largest_term = max(
+            (budget.cache.global_bytes, "KV cache of global layers"),
+            (budget.cache.local_bytes, "KV cache of local layers"),
+            (budget.live.nbytes, "activations"),
         )
-        room = budget.usable - budget.needed + nbytes
+        rest = budget.needed - budget.fixed
+        room = beside - (rest - largest_term[0])
         if room < 0:
-            return f"beside weights and reserve there are {gib(budget.usable - budget.fixed)} GiB, too few for the rest"
-        return f"{term} take {gib(nbytes)} GiB, and all else leaves {gib(room)} GiB"
+            return Reason("KV cache and activations", rest, beside)
+        return Reason(largest_term[1], largest_term[0], room)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``. Sizes are in bytes; those of ``per_gpu`` are of one GPU."""
+        reason = self.reason()
         return {
             "checkpoint": str(self.model.path),
             "fits": self.fits,
@@ -71,7 +86,7 @@ class Plan:
             "waived": self.model.stored.waived,
             "per_gpu": _budget_dict(self.budget),
             "plan_bytes": self.plan_bytes,
-            "reason": None if self.fits else self.reason(),
+            "reason": None if reason is None else asdict(reason),
             "largest_context": self.largest_context,
             "largest_batch": self.largest_batch,
             "nearest": [
@@ -144,5 +159,6 @@ def _notes(model: Model, asked: Asked) -> Iterator[str]:
         yield "engines hold the KV cache in the compute type today: an FP8 cache is arithmetic"
     if not asked.gpu.has_fp8 and "F8_E4M3" in {dtype for _, dtype in model.held(asked.weights).weights}:
         yield f"{asked.gpu.name} ({asked.gpu.target}) has no FP8 arithmetic: FP8 weights were not tried on it"
+    yield "activations as TensorRT-RTX plans them for sm89; other builders' plans were not seen"
     if model.stored.vision:
-        yield f"the vision tower, {gib(model.stored.vision)} GiB of the files, is no part of the text engine"
+        yield f"the vision tower, {model.stored.vision / GIB:.2f} GiB of the files, is no part of the text engine"

@@ -105,11 +105,6 @@ class Budget:
         return self.left >= 0
 
 
-def gib(nbytes: int) -> str:
-    """Bytes in GiB, for people."""
-    return f"{nbytes / GIB:,.2f}"
-
-
 _COUNT = re.compile(r"([1-9]\d*)([kKM]?)")
 
 
@@ -155,9 +150,7 @@ def check_request(model: Model, request: Request) -> Asked:
         if value < 1:
             raise UnsupportedError(f"{name} is {value}, must be at least 1", hint="it is a number of them")
     if request.reserve < 0:
-        raise UnsupportedError(
-            "the reserve is negative", hint=f"it is memory to leave free; {gib(RESERVE)} GiB is usual"
-        )
+        raise UnsupportedError("the reserve is negative", hint="it is memory to leave free; 1 GiB is usual")
     if request.weights != STORED and request.weights not in RECIPES:
         raise UnsupportedError(
             f"weights '{request.weights:.40}' are not known", hint=f"one of {', '.join((STORED, *RECIPES))}"

@@ -183,7 +183,7 @@ class Recipe:
     title: str
     experts: str = "BF16"
     linears: str = "BF16"
-    spare_ends: bool = False  # whether the routed experts of the first and the last layer stay BF16
+    spare_ends: bool = False  # the first and the last layer's routed experts stay BF16, as in Meta's own code
 
     def type_of(self, part: Part, layers: int) -> str:
         """The type of a part in a model of so many layers."""
@@ -236,11 +236,19 @@ def held_bytes(config: Llama4Config, recipe: Recipe) -> StoredBytes:
 
 
 def as_in_engine(stored: StoredBytes) -> StoredBytes:
-    """What an engine holds of weights that are taken as they are stored: routers in fp32, all else unchanged."""
+    """What an engine holds of plain weights as they are stored.
+
+    Experts go to their plugin as they are, embeddings are looked up as they are, and what is quantised stays so. Other
+    fp32 weights are rounded to the compute type when the engine is built; routers are widened to fp32.
+    """
     weights: dict[tuple[Component, str], int] = defaultdict(int)
     for (component, dtype), nbytes in stored.weights.items():
-        widened = component == "routers" and dtype in ("BF16", "F16")
-        weights[component, "F32" if widened else dtype] += nbytes * (2 if widened else 1)
+        own = dtype
+        if component == "routers" and dtype in ("BF16", "F16"):
+            own = "F32"
+        elif dtype == "F32" and component not in ("routers", "routed experts", "embeddings"):
+            own = "BF16"
+        weights[component, own] += nbytes if own == dtype else nbytes * ITEM_BITS[own] // ITEM_BITS[dtype]
     return StoredBytes(dict(weights), stored.vision, stored.waived)
 
 

@@ -89,8 +89,8 @@ def budget_rows(plan: Plan) -> Rows:
     yield "activations", f"{sequences}{tokens:,} tokens a call, at their most in the", unit(live.nbytes)
     yield "", f"{live.stage}:", ""
     for term in sorted(live.terms, key=lambda term: -term.nbytes):
-        if term.nbytes >= live.nbytes // 50:
-            yield "", f"{unit(term.nbytes):>9}  {term.name}, {term.formula}", ""
+        if term.nbytes >= max(live.nbytes // 50, unit.nbytes // 200):
+            yield "", f"{unit(term.nbytes):>7}  {term.name}, {term.formula}", ""
     yield "reserve", "CUDA context, kernels, rounding (--reserve)", unit(budget.reserve)
     yield "needed", "", unit(budget.needed)
     yield "there is", asked.gpu.title, unit(budget.usable)
@@ -98,10 +98,11 @@ def budget_rows(plan: Plan) -> Rows:
 
 def verdict(plan: Plan) -> str:
     """The answer in one line."""
-    unit, left = unit_of(plan), plan.budget.left
-    if plan.fits:
+    unit, left, reason = unit_of(plan), plan.budget.left, plan.reason()
+    if reason is None:
         return f"fits, {unit(left)} {unit.name} left"
-    return f"does not fit, {unit(-left)} {unit.name} missing: {plan.reason()}"
+    why = f"{reason.term} {unit(reason.nbytes)}, room for {unit(reason.room)}"
+    return f"does not fit, {unit(-left)} {unit.name} missing: {why}"
 
 
 def options(plan: Plan) -> Rows:
@@ -122,7 +123,8 @@ def remarks(plan: Plan) -> Iterator[str]:
         yield f"largest batch for this context: {most:,}{' or more' if most == MOST_SEQUENCES else ''}"
     elif not plan.nearest:
         yield "no single change is enough, nor one of GPUs, or of types, together"
-    parts = f", in {plan.asked.gpus} parts" if plan.asked.gpus > 1 else ""
-    yield f"engine file: {unit(plan.plan_bytes)} {unit.name}{parts}; whoever opens it needs that much host memory"
+    gpus = plan.asked.gpus
+    files = f"engine files: {gpus} x" if gpus > 1 else "engine file:"
+    yield f"{files} {unit(plan.plan_bytes)} {unit.name}; to open one takes as much host memory"
     for note in plan.notes:
         yield f"note: {note}"

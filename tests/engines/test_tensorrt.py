@@ -63,7 +63,7 @@ def test_each_product_is_in_its_type(engine: Path) -> None:
         if layer.kind == "gemm":
             expected = "fp32" if layer.origins[0].endswith(".feed_forward.router") else "bf16"
             assert set(layer.inputs) == set(layer.outputs) == {expected}, layer
-    check_precision(layers, manifest.precision)  # what build has checked
+    check_precision(layers, manifest.precision, {})  # what build has checked
 
 
 def test_the_directory_is_self_describing(engine: Path) -> None:
@@ -289,17 +289,17 @@ def parse(read: str = "BFloat16", kind: str = "gemm", name: str = "q", metadata:
 
 def test_precision_is_read_strictly() -> None:
     expected = {"model.layers.0.self_attn.q_proj": "bf16"}
-    check_precision(parse(), expected)
-    check_precision(parse(kind="kgen"), expected)
+    check_precision(parse(), expected, {})
+    check_precision(parse(kind="kgen"), expected, {})
     for read, kind in (("Float", "gemm"), ("Half", "gemm"), ("FP8", "gemm"), ("Half", "kgen"), ("NewType", "gemm")):
         with pytest.raises(EngineError, match=r"q_proj"):
-            check_precision(parse(read, kind), expected)
+            check_precision(parse(read, kind), expected, {})
     with pytest.raises(EngineError, match="no layer of the plan shows that it computes"):
-        check_precision(parse("Float", "kgen"), expected)  # fp32 in between is no proof of bf16
+        check_precision(parse("Float", "kgen"), expected, {})  # fp32 in between is no proof of bf16
     with pytest.raises(EngineError, match="no layer of the plan shows that it computes"):
-        check_precision(parse(metadata=""), expected)
+        check_precision(parse(metadata=""), expected, {})
     with pytest.raises(EngineError, match="computes in fp16, which nobody asked for"):
-        check_precision([*parse(), *parse("Half", "kgen", metadata="")], expected)
+        check_precision([*parse(), *parse("Half", "kgen", metadata="")], expected, {})
 
 
 def test_dumps_in_other_forms_are_refused() -> None:
