@@ -110,8 +110,21 @@ def export(ckpt: Path, out: Path, dtype: str, copy: bool, check_values: bool, te
             f"{result.path}: {result.tensors} tensors, {result.bytes_linked:,} bytes linked, "
             f"{result.bytes_written:,} written"
         )
-        for name in result.waived:
-            click.echo(f"waived: {name}")
+        for line in _grouped(result.waived):
+            click.echo(f"waived: {line}")
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """Names one by one, or by their first part where many share it; --json and shuntyard.json have all."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        suffix = name.rsplit(".", 1)[-1]
+        key = f"*.{suffix}" if suffix.endswith("_scale") else f"{name.split('.', 1)[0]}.*"
+        groups.setdefault(key, []).append(name)
+    lines: list[str] = []
+    for key, own in groups.items():
+        lines += own if len(own) <= 4 else [f"{key} ({len(own)} tensors, listed in shuntyard.json)"]
+    return lines
 
 
 @contextlib.contextmanager

@@ -115,9 +115,8 @@ SUBJECTS = {
 
 
 def add_text_files(checkpoint: Path) -> None:
-    """A tokenizer and a chat template, which some peers ask for: words ``w0``, ``w1`` and so on."""
-    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    words = {f"w{i}": i for i in range(raw.get("text_config", raw)["vocab_size"])}
+    """A small tokenizer and a chat template, which some peers ask for."""
+    words = {f"w{i}": i for i in range(1000)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(checkpoint / "tokenizer.json"))

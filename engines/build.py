@@ -187,6 +187,7 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
             cache=_cache_shapes(opened.config, limits),
             precision=facts.precision,
             checkpoint_fingerprint=opened.manifest.checkpoint_fingerprint,
+            rewritten_from=opened.manifest.rewritten_from,
             checkpoint_sha256=shards,
             graph_sha256=opened.manifest.graph_sha256,
             files=record_files(directory, known=shards),

@@ -108,7 +108,13 @@ def checkpoint_facts(checkpoint: Checkpoint) -> Facts:
         "attention": f"{c.num_attention_heads} heads, {c.num_key_value_heads} key/value heads of {c.head_dim}, "
         f"chunks of {c.attention_chunk_size}",
         "rope": f"{c.rope.rope_type}, theta {c.rope.rope_theta:g}"
-        + (f", factor {c.rope.factor:g}" if c.rope.factor else ""),
+        + (
+            f", factor {c.rope.factor:g}, low {c.rope.low_freq_factor:g}, high {c.rope.high_freq_factor:g}, "
+            f"original {c.rope.original_max_position_embeddings:,}"
+            if c.rope.factor
+            else ""
+        ),
+        **({"doubts": c.doubts()} if c.doubts() else {}),
         "hidden, vocabulary": f"{c.hidden_size}, {c.vocab_size:,}",
         "context": f"{c.max_position_embeddings:,}",
         "weights": ", ".join(f"{count} {dtype}" for dtype, count in _types(weights).items()),

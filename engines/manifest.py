@@ -68,6 +68,7 @@ class EngineManifest(_Strict):
     cache: list[CacheShape]
     precision: dict[str, str]  # product, attention or plugin, by its path in the model -> compute type
     checkpoint_fingerprint: str  # of the headers
+    rewritten_from: str | None  # fingerprint of the checkpoint that these weights were rewritten from
     checkpoint_sha256: dict[str, str]  # of each shard's content
     graph_sha256: str  # of the model directory's model.onnx
     files: dict[str, FileRecord]

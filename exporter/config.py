@@ -117,8 +117,8 @@ class Llama4Config(BaseModel):
     num_attention_heads: Positive
     num_key_value_heads: Positive
     head_dim: Positive
-    num_local_experts: Positive
-    num_experts_per_tok: Positive
+    num_local_experts: Index
+    num_experts_per_tok: Index
     max_position_embeddings: Positive
     rms_norm_eps: Number
     hidden_act: Literal["silu"] = "silu"
@@ -139,7 +139,9 @@ class Llama4Config(BaseModel):
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: RoPE rotates pairs, it must be even")
-        if self.num_experts_per_tok > self.num_local_experts:
+        if self.moe_layers and min(self.num_experts_per_tok, self.num_local_experts) < 1:
+            raise ValueError("moe_layers names layers, but num_local_experts or num_experts_per_tok is 0")
+        if self.num_experts_per_tok > self.num_local_experts and self.moe_layers:
             raise ValueError("num_experts_per_tok is larger than num_local_experts")
         if len(self.no_rope_layers) != self.num_hidden_layers:
             raise ValueError(
@@ -158,6 +160,17 @@ class Llama4Config(BaseModel):
     def is_moe(self, layer: int) -> bool:
         """Whether a layer's feed-forward is routed (with a shared expert) or dense."""
         return layer in self.moe_layers
+
+    def doubts(self) -> list[str]:
+        """What a user should know of a configuration that is valid, but may not be what the weights were trained with."""
+        rope = self.rope
+        is_scout = (self.hidden_size, self.num_hidden_layers, self.num_local_experts) == (5120, 48, 16)
+        if is_scout and (rope.rope_type, rope.factor, rope.high_freq_factor) == ("llama3", 8, 4):
+            return [
+                "note: rope scaling is factor 8, high_freq_factor 4, as in Scout's first config.json; Meta's own code "
+                "computes Scout with 16 and 1 (docs/semantics.md). shuntyard follows config.json"
+            ]
+        return []
 
     def cache_rows(self, layer: int, context: int) -> int:
         """Rows of a layer's KV cache for a context of so many tokens: a chunked layer holds one chunk."""
@@ -216,7 +229,8 @@ def _layer_lists(raw: dict[str, Any], path: Path) -> tuple[Any, Any]:
     """``no_rope_layers`` and ``moe_layers``, derived from their intervals where they are not given."""
     layers = _count(raw, "num_hidden_layers", None, path, largest=MAX_LAYERS)
     interval = _count(raw, "no_rope_layer_interval", 4, path)
-    step = _count(raw, "interleave_moe_layer_step", 1, path)
+    # A model without MoE has an empty list, and may have a step of 0 (as transformers converts Llama Guard 4).
+    step = 1 if raw.get("moe_layers") == [] else _count(raw, "interleave_moe_layer_step", 1, path)
     for key in ("no_rope_layers", "moe_layers"):
         if not isinstance(raw.get(key), list | None):
             raise CheckpointError(f"{path}: {key} is {brief(raw[key])}, must be a list", hint=HINT_CONFIG)

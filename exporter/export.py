@@ -20,12 +20,16 @@ from pydantic import BaseModel, ConfigDict
 
 import shuntyard
 from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, open_checkpoint
+from shuntyard.exporter.checkpoint import INDEX_NAME, SIDE_FILES, Checkpoint, open_checkpoint
 from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
 from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
+from shuntyard.exporter.quantization import HF_QUANT_CONFIG
+from shuntyard.exporter.relayout import AS_STORED, Relayout, new_config, targets
+from shuntyard.exporter.resumable import resumable_directory
+from shuntyard.exporter.rewrite import request_key, rewrite
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite
-from shuntyard.exporter.weights import match_weights
+from shuntyard.exporter.weights import Weights, match_weights
 
 MODEL_NAME = "model.onnx"
 MANIFEST_NAME = "shuntyard.json"
@@ -40,6 +44,7 @@ class ModelManifest(BaseModel):
     shuntyard: str
     dtype: str
     checkpoint_fingerprint: str
+    rewritten_from: str | None = None  # fingerprint of the checkpoint that the weights were rewritten from
     graph_sha256: str
     shards: dict[str, int]
     tensors: int
@@ -70,13 +75,17 @@ def export(
     copy: bool = False,
     check_values: bool = False,
     text_only: bool = False,
+    relayout: Relayout = AS_STORED,
     report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> ExportResult:
     """Exports the checkpoint at ``checkpoint_path`` to the new model directory ``out``.
 
     Everything is checked before anything is written: each tensor is consumed or waived by name, each parameter filled
     and of the right shape. ``check_values`` also reads all weights and refuses values that are not finite.
     ``text_only`` leaves a vision tower out, and names its tensors as waived; without it such a checkpoint is refused.
+    With a ``relayout`` the weights are not linked but written anew, which an interrupted run goes on with when it is
+    asked for again; ``progress`` hears of the bytes.
 
     Raises:
         CheckpointError: the checkpoint is broken, incomplete or contradicts itself.
@@ -88,47 +97,71 @@ def export(
     refuse_existing(out)
     checkpoint = open_checkpoint(checkpoint_path)
     if checkpoint.vision and not text_only:
+        first = checkpoint.vision[0].name
         raise UnsupportedError(
-            f"{checkpoint_path}: has a vision tower ({len(checkpoint.vision)} tensors, '{checkpoint.vision[0].name}' first)",
-            hint="--text-only exports the text model alone and lists what it leaves out; the tower cannot be exported yet",
+            f"{checkpoint_path}: has a vision tower ({len(checkpoint.vision)} tensors, '{first}' first)",
+            hint="--text-only exports the text model alone and lists what it leaves out; the tower cannot be exported",
         )
     weights = match_weights(checkpoint)
+    relayout.check(weights)
     waived = [checkpoint.tensors[name].name for name in weights.waived] + [entry.name for entry in checkpoint.vision]
+    for line in checkpoint.config.doubts():
+        report(line)
     report(f"{weights.tensors} tensors match, {len(waived)} waived")
     if check_values:
         check_finite(weights)
         report("all values are finite")
+    facts: dict[str, Any] = {"dtype": dtype, "waived": waived, "values_checked": check_values}
+    if relayout:
+        new = targets(weights, relayout)
+        with resumable_directory(out, request_key(new, checkpoint.fingerprint)) as work:
+            rewrite(new, work, source_fingerprint=checkpoint.fingerprint, progress=progress)
+            config = new_config(checkpoint.path, relayout)
+            (work.directory / "config.json").write_text(config, encoding="utf-8")
+            _copy_side_files(checkpoint, work.directory, leave=("config.json", HF_QUANT_CONFIG, INDEX_NAME))
+            rewritten = open_checkpoint(work.directory)
+            facts |= {"rewritten_from": checkpoint.fingerprint, "values_checked": True}
+            _write_graph(rewritten, match_weights(rewritten), work.directory, facts, report)
+            written = sum(p.stat().st_size for p in work.directory.iterdir())
+        return ExportResult(out, weights.tensors, waived, 0, written)
     with output_directory(out) as directory:
         for header in checkpoint.headers:
             link_or_copy(header.file, directory, copy=copy, total_bytes=checkpoint.nbytes)
-        model = build_model(checkpoint.config, weights, dtype)
-        report(f"traced {len(model.functions)} functions")
-        for name in SIDE_FILES:
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, directory / name)
-        proto = ir.to_proto(model)
-        check_graph(proto, directory)
-        data = proto.SerializeToString(deterministic=True)
-        (directory / MODEL_NAME).write_bytes(data)
-        manifest = _manifest(checkpoint, dtype, data, waived, check_values, weights.tensors)
-        (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _copy_side_files(checkpoint, directory)
+        _write_graph(checkpoint, weights, directory, facts, report)
         written = sum(p.stat().st_size for p in directory.iterdir() if copy or p.suffix != ".safetensors")
     return ExportResult(out, weights.tensors, waived, 0 if copy else checkpoint.nbytes, written)
 
 
-def _manifest(
-    checkpoint: Checkpoint, dtype: str, graph: bytes, waived: list[str], values_checked: bool, tensors: int
-) -> ModelManifest:
-    return ModelManifest(
+def _copy_side_files(checkpoint: Checkpoint, directory: Path, leave: tuple[str, ...] = ()) -> None:
+    for name in SIDE_FILES:
+        if name not in leave and (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)
+
+
+def _write_graph(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    directory: Path,
+    facts: dict[str, Any],
+    report: Callable[[str], None],
+) -> None:
+    """``model.onnx`` and ``shuntyard.json`` of a directory that holds the checkpoint's shards already."""
+    model = build_model(checkpoint.config, weights, facts["dtype"])
+    report(f"traced {len(model.functions)} functions")
+    proto = ir.to_proto(model)
+    check_graph(proto, directory)
+    data = proto.SerializeToString(deterministic=True)
+    (directory / MODEL_NAME).write_bytes(data)
+    manifest = ModelManifest(
         shuntyard=shuntyard.__version__,
-        dtype=dtype,
         checkpoint_fingerprint=checkpoint.fingerprint,
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
+        graph_sha256=hashlib.sha256(data).hexdigest(),
         shards={header.file.name: header.file_bytes for header in checkpoint.headers},
-        tensors=tensors,
-        waived=waived,
-        values_checked=values_checked,
+        tensors=weights.tensors,
+        **facts,
     )
+    (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def check_graph(proto: onnx.ModelProto, directory: Path) -> None:

@@ -227,14 +227,17 @@ class _Matcher:
         if entry is None:
             self.missing.append(name)
             return None
-        return Stored(self._plain(entry))
+        return Stored(self._plain(entry, "is no Linear and no expert: it must be plain"))
 
-    def _plain(self, entry: TensorEntry) -> TensorEntry:
+    def _plain(self, entry: TensorEntry, why: str = "has no scale beside it") -> TensorEntry:
         if entry.dtype in WEIGHT_DTYPES:
             return entry
         if entry.dtype == "F8_E4M3":
+            others = (tensor.name for tensor in self.tensors.values() if tensor.name.startswith(entry.name))
+            by_block = any(name.endswith("_scale_inv") for name in others)
             raise CheckpointError(
-                f"{entry.file}: tensor '{entry.name}' is F8_E4M3, but has no scale beside it", hint=DAMAGED
+                f"{entry.file}: tensor '{entry.name}' is F8_E4M3, but {why}",
+                hint=_KNOWN_BUT_NOT_SUPPORTED["_scale_inv"] if by_block else DAMAGED,
             )
         raise UnsupportedError(
             f"{entry.file}: tensor '{entry.name}' is {entry.dtype}; weights must be one of "

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shuntyard.engines.plan import footprint
-from shuntyard.engines.plan.budget import Asked, Budget, Model, Request, budget_of, check_request, read_model
+from shuntyard.engines.plan.budget import MOST, Asked, Budget, Model, Request, budget_of, check_request, read_model
 from shuntyard.engines.plan.footprint import StoredBytes
 from shuntyard.engines.plan.gpus import GIB
 from shuntyard.engines.plan.nearest import Change, largest, nearest
-
-MOST_SEQUENCES = 2**20
-"""Where the search for the largest batch ends."""
 
 PLAN_BYTES, PLAN_BYTES_PER_LAYER = 6_000_000, 250_000
 """What a plan holds besides weights: 6.3 MB with 4 layers, 10.8 with 24, 15.4 with 48 (TensorRT-RTX 1.7, sm89)."""
@@ -146,7 +143,7 @@ def plan_model(model: Model, request: Request) -> Plan:
         asked=asked,
         budget=budget,
         largest_context=largest(lambda n: fits(context=n), model.config.max_position_embeddings),
-        largest_batch=largest(lambda n: fits(batch=n), MOST_SEQUENCES),
+        largest_batch=largest(lambda n: fits(batch=n), MOST),
         nearest=() if budget.fits else tuple(nearest(model, asked)),
         notes=tuple(_notes(model, asked)),
     )
@@ -157,8 +154,6 @@ def _notes(model: Model, asked: Asked) -> Iterator[str]:
         yield f"shuntyard's engines use one GPU today: what stands here for {asked.gpus} is arithmetic"
     if asked.kv == "fp8":
         yield "engines hold the KV cache in the compute type today: an FP8 cache is arithmetic"
-    if not asked.gpu.has_fp8 and "F8_E4M3" in {dtype for _, dtype in model.held(asked.weights).weights}:
-        yield f"{asked.gpu.name} ({asked.gpu.target}) has no FP8 arithmetic: FP8 weights were not tried on it"
     yield "activations as TensorRT-RTX plans them for sm89; other builders' plans were not seen"
     if model.stored.vision:
         yield f"the vision tower, {model.stored.vision / GIB:.2f} GiB of the files, is no part of the text engine"

@@ -20,6 +20,9 @@ KV_ITEM = {"bf16": 2, "fp8": 1}
 DEFAULT_CONTEXT = 8192
 """As ``build``'s."""
 
+MOST = 2**30
+"""Of anything that is counted; largest batches are looked for up to it."""
+
 RESERVE = GIB
 """What is kept free on each GPU: the CUDA context (0.6 GiB on an H200), kernels, what TensorRT keeps for an execution
 context, the allocator's rounding (at most 2 MiB for each of the caches' tensors), NCCL's buffers."""
@@ -105,7 +108,7 @@ class Budget:
         return self.left >= 0
 
 
-_COUNT = re.compile(r"([1-9]\d*)([kKM]?)")
+_COUNT = re.compile(r"([1-9]\d{0,11})([kKM]?)", re.ASCII)
 
 
 def parse_tokens(text: str) -> int:
@@ -147,10 +150,10 @@ def check_request(model: Model, request: Request) -> Asked:
             hint="the model was not trained for it",
         )
     for name, value in (("context", context), ("batch", request.batch), ("tokens", request.tokens)):
-        if value < 1:
-            raise UnsupportedError(f"{name} is {value}, must be at least 1", hint="it is a number of them")
-    if request.reserve < 0:
-        raise UnsupportedError("the reserve is negative", hint="it is memory to leave free; 1 GiB is usual")
+        if not 1 <= value <= MOST:
+            raise UnsupportedError(f"{name} is {value}, must be in 1..{MOST}", hint="it is a number of them")
+    if not 0 <= request.reserve <= MOST * GIB:
+        raise UnsupportedError("the reserve is negative or huge", hint="it is memory to leave free; 1 GiB is usual")
     if request.weights != STORED and request.weights not in RECIPES:
         raise UnsupportedError(
             f"weights '{request.weights:.40}' are not known", hint=f"one of {', '.join((STORED, *RECIPES))}"
@@ -163,8 +166,7 @@ def check_request(model: Model, request: Request) -> Asked:
         raise UnsupportedError(
             f"{request.gpus} GPUs cannot share {obstacle} evenly", hint=f"this model can be cut for {possible}"
         )
-    model.held(request.weights)  # a recipe may not go with the model
-    return Asked(
+    asked = Asked(
         gpu=find_gpu(request.gpu),
         gpus=request.gpus,
         context=context,
@@ -175,6 +177,19 @@ def check_request(model: Model, request: Request) -> Asked:
         all_logits=request.all_logits,
         reserve=request.reserve,
     )
+    if lacks_fp8(model, asked):
+        raise UnsupportedError(
+            f"gpu '{asked.gpu.name}' is {asked.gpu.target}, for which TensorRT compiles nothing that holds FP8",
+            hint="--weights bf16 or int4-experts with --kv bf16, or a GPU from sm89 on",
+        )
+    return asked
+
+
+def lacks_fp8(model: Model, asked: Asked) -> bool:
+    """Whether the engine would hold FP8 and the GPU has none: TensorRT-RTX "cannot compile for target(s) sm80" then."""
+    if asked.gpu.has_fp8:
+        return False
+    return asked.kv == "fp8" or "F8_E4M3" in {dtype for _, dtype in model.held(asked.weights).weights}
 
 
 def budget_of(model: Model, asked: Asked) -> Budget:

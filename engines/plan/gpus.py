@@ -27,7 +27,7 @@ class Gpu:
 
     @property
     def has_fp8(self) -> bool:
-        """Whether TensorRT has FP8 tensors for it: from sm89 on. What is not known is not held against it."""
+        """Whether TensorRT compiles FP8 for it: from sm89 on. What is not known is not held against it."""
         return self.target is None or int(self.target.removeprefix("sm")) >= 89
 
 
@@ -48,7 +48,7 @@ _TABLE = (
 GPUS = {name: Gpu(name, title, round(gib * GIB), target) for name, title, gib, target in _TABLE}
 """By name, smallest first."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*GiB", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*GiB", re.IGNORECASE | re.ASCII)
 
 
 def find_gpu(text: str) -> Gpu:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shuntyard.engines.plan import footprint
-from shuntyard.engines.plan.budget import Asked, Budget, Model, budget_of
+from shuntyard.engines.plan.budget import Asked, Budget, Model, budget_of, lacks_fp8
 from shuntyard.engines.plan.footprint import RECIPES
 from shuntyard.engines.plan.gpus import GPUS
 from shuntyard.errors import UnsupportedError
@@ -47,7 +47,7 @@ def _change(model: Model, asked: Asked, what: str, loss: str, **changes: Any) ->
     """The change, if it fits."""
     changed = replace(asked, **changes)
     budget = budget_of(model, changed)
-    if budget.fits:
+    if budget.fits and not lacks_fp8(model, changed):
         yield Change(what, loss, changed, budget)
 
 

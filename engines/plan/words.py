@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shuntyard.engines.plan.activations import tokens_in_call
-from shuntyard.engines.plan.answer import MOST_SEQUENCES, Plan
+from shuntyard.engines.plan.answer import Plan
+from shuntyard.engines.plan.budget import MOST
 from shuntyard.engines.plan.footprint import COMPONENTS, SCALES, parameters
 from shuntyard.engines.plan.gpus import GIB
 
@@ -120,7 +121,7 @@ def remarks(plan: Plan) -> Iterator[str]:
         assert longest is not None and most is not None
         whole = ", all that the model knows" if longest == plan.model.config.max_position_embeddings else ""
         yield f"largest context for this batch: {longest:,}{whole}"
-        yield f"largest batch for this context: {most:,}{' or more' if most == MOST_SEQUENCES else ''}"
+        yield f"largest batch for this context: {most:,}{' or more' if most == MOST else ''}"
     elif not plan.nearest:
         yield "no single change is enough, nor one of GPUs, or of types, together"
     gpus = plan.asked.gpus

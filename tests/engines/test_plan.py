@@ -164,7 +164,7 @@ def test_activations_by_hand() -> None:
     assert live.stage == "attention of a NoPE layer"
     terms = {term.name: term.nbytes for term in live.terms}
     assert terms == {
-        "keys and values for every head": 2 * 40 * 2**20 * 128 * 2,  # 20 GiB
+        "keys, values per head": 2 * 40 * 2**20 * 128 * 2,  # 20 GiB
         "q, k, v": 512 * (40 + 8 + 8) * 128 * 2,
         "scaled q": 512 * 40 * 128 * 2,
         "hidden state": 512 * 5120 * 2,
@@ -292,7 +292,7 @@ def test_tokens_are_read(text: str, tokens: int) -> None:
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5M", "1m", "8 192", "8,192", "1G", "k", "١"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5M", "1m", "8 192", "8,192", "1G", "k", "١", "9" * 13])
 def test_other_tokens_are_not(text: str) -> None:
     with pytest.raises(ValueError, match="is no number of tokens"):
         parse_tokens(text)
@@ -315,11 +315,17 @@ def test_contexts_reach_as_far_as_the_models() -> None:
         ({"gpus": 16}, "16 GPUs cannot share 40 query heads"),
         ({"gpus": 0}, "0 GPUs"),
         ({"batch": 0}, "batch is 0"),
+        ({"batch": 2**30 + 1}, "batch is 1073741825"),
         ({"tokens": 0}, "tokens is 0"),
         ({"context": 0}, "context is 0"),
         ({"weights": "int3"}, "weights 'int3' are not known"),
         ({"kv": "fp4"}, "a KV cache in 'fp4' is not known"),
         ({"reserve": -1}, "the reserve is negative"),
+        (
+            {"gpu": "a100-80", "weights": "fp8"},
+            "gpu 'a100-80' is sm80, for which TensorRT compiles nothing that holds FP8",
+        ),
+        ({"gpu": "a100-40", "kv": "fp8"}, "gpu 'a100-40' is sm80"),
     ],
 )
 def test_requests_are_refused(changes: dict[str, Any], words: str) -> None:

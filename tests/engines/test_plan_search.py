@@ -6,14 +6,16 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shuntyard.engines.plan import Request
 from shuntyard.engines.plan.answer import plan_model
-from shuntyard.engines.plan.budget import Asked, Model, budget_of, check_request
+from shuntyard.engines.plan.budget import MOST, Asked, Model, budget_of, check_request
 from shuntyard.engines.plan.footprint import RECIPES, possible_gpus
 from shuntyard.engines.plan.gpus import GIB, GPUS, find_gpu
+from shuntyard.errors import UnsupportedError
 from tests.engines.test_plan import MAVERICK_MODEL, SCOUT_MODEL
 
 
@@ -25,6 +27,9 @@ def test_gpus_are_sorted_and_smaller_than_their_names() -> None:
         assert 0.9 * promised * 10**9 < gpu.usable < promised * GIB
     assert find_gpu("H100") is GPUS["h100"]
     assert find_gpu("44.5GiB").usable == 44.5 * GIB
+    for text in ("", "44.5", "-1GiB", "1e9GiB", "9" * 400 + "GiB", "nanGiB"):
+        with pytest.raises(UnsupportedError, match="is not known"):
+            find_gpu(text)
 
 
 def test_what_fits_where() -> None:
@@ -62,7 +67,7 @@ def _asked(model: Model, **changes: Any) -> Asked:
     return check_request(model, Request(**changes))
 
 
-requests = st.fixed_dictionaries(
+requests: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "context": st.integers(1, 2**20),
         "batch": st.integers(1, 300),
@@ -75,6 +80,14 @@ requests = st.fixed_dictionaries(
     }
 )
 models = st.sampled_from([SCOUT_MODEL, MAVERICK_MODEL])
+
+
+def without_fp8(changes: dict[str, Any]) -> bool:
+    """Whether it is something that an A100 can hold."""
+    return changes["kv"] != "fp8" and not changes["weights"].startswith("fp8")
+
+
+requests = requests.filter(lambda changes: GPUS[changes["gpu"]].has_fp8 or without_fp8(changes))
 
 
 @given(models, requests, st.sampled_from(["context", "batch", "tokens"]), st.integers(0, 5000))
@@ -105,7 +118,7 @@ def test_the_largest_fit_and_one_more_does_not(model: Model, changes: dict[str, 
     answer = plan_model(model, Request(**changes))
     for key, found, most in (
         ("context", answer.largest_context, model.config.max_position_embeddings),
-        ("batch", answer.largest_batch, 2**20),
+        ("batch", answer.largest_batch, MOST),
     ):
         if found is not None:
             assert plan_model(model, Request(**changes | {key: found})).fits
@@ -147,8 +160,9 @@ def test_the_nearest_fit_and_one_step_less_does_not(model: Model, changes: dict[
         else:
             steps = ORDER[key]
             for step in steps[steps.index(before) + 1 : steps.index(again.__dict__[key])]:
-                smaller = key != "gpu" or GPUS[step].usable > GPUS[before].usable
-                assert not smaller or not plan_model(model, replace(request, **{key: step})).fits
+                between = replace(request, **{key: step})
+                if GPUS[between.gpu].has_fp8 or without_fp8(between.__dict__):
+                    assert not plan_model(model, between).fits
     for change in answer.nearest:
         assert change.budget.fits
         assert budget_of(model, change.asked) == change.budget

@@ -155,12 +155,12 @@ def arguments(way: Way) -> dict[str, Any]:
 
 
 def declare_compressed_tensors(made: Handmade, **changes: Any) -> Handmade:
-    """Adds the declaration of what is stored: a group of modules, by their names, for each form; the rest is ignored."""
+    """Adds the declaration of what is stored: a group of modules, by name, for each form; the rest is ignored."""
     groups: dict[tuple[str, int], dict[str, Any]] = {}
     for module, way in made.ways.items():
         if way.form != "plain":
-            empty = {"targets": [], "weights": arguments(way), "input_activations": None, "output_activations": None}
-            groups.setdefault((way.form, way.group), empty)["targets"].append(module)
+            group = groups.setdefault((way.form, way.group), {"targets": [], "weights": arguments(way)})
+            group["targets"].append(module)
     section = {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",

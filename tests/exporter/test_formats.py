@@ -18,6 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from shuntyard.engines.build import Request, build
+from shuntyard.errors import CheckpointError
 from shuntyard.exporter import weights as weights_module
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.export import ExportResult, export
@@ -25,7 +27,16 @@ from shuntyard.exporter.graph import retarget
 from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry, read_header
 from tests import driver, formats
 from tests.checkpoints import parsed, random_weights, raw_config
-from tests.exporter.handmade import PLAIN, TENSOR, Handmade, Way, declare_compressed_tensors, declare_modelopt, handmade
+from tests.exporter.handmade import (
+    CHANNEL,
+    PLAIN,
+    TENSOR,
+    Handmade,
+    Way,
+    declare_compressed_tensors,
+    declare_modelopt,
+    handmade,
+)
 from tests.parity.reference import Reference, largest_difference
 from tests.tolerances import MISTAKE_MIN_ABS, MODEL_MAX_ABS, ROUTER_MARGIN
 
@@ -248,17 +259,63 @@ def test_another_format_is_another_model(case: tuple[Format, Exported]) -> None:
     assert difference > (MODEL_MAX_ABS if one.library is None else MISTAKE_MIN_ABS)
 
 
+# What is written by hand is what the libraries write.
+
+BY_HAND: dict[str, tuple[Callable[..., Path], dict[str, Any], Way, str]] = {
+    "channel": (formats.write_fp8_dynamic, {}, CHANNEL, CT),
+    "tensor": (formats.write_fp8_static, {"ignore": formats.RECIPE}, Way("tensor", scale_shape=(1,)), CT),
+    "group": (formats.write_int4, {"group": 16}, Way("group", 16), CT),
+    "modelopt": (formats.write_modelopt_fp8, {}, Way("tensor", scale=torch.float32), OPT),
+}
+
+
+@pytest.mark.parametrize("form", BY_HAND)
+def test_made_by_hand_is_what_the_library_writes_and_reads(form: str, tmp_path: Path) -> None:
+    """The same names, types and shapes, and the library's values bit for bit."""
+    write, options, way, library = BY_HAND[form]
+    pytest.importorskip(library)
+    theirs = write(tmp_path / "theirs", RAW, WEIGHTS, **options)
+    layout, plain = ("fused", "router") if library == OPT else ("linear", "self_attn")
+    made = by_hand(way, lambda name: plain in name or "router" in name, layout)
+    if library == OPT:
+        declare_modelopt(made)
+    else:
+        formatted = {"format": "pack-quantized" if way.group else "float-quantized"}
+        declare_compressed_tensors(made, **formatted)
+    ours = made.write(tmp_path / "ours")
+    described = {name: (e.dtype, e.shape) for name, e in entries(theirs).items() if not name.endswith("input_scale")}
+    assert {name: (entry.dtype, entry.shape) for name, entry in entries(ours).items()} == described
+    read = formats.dequantised_state(ours)
+    assert read.keys() == made.values.keys()
+    for name, value in made.values.items():
+        assert torch.equal(read[name], value), name
+
+
+def by_hand(way: Way, is_plain: Callable[[str], bool], layout: str) -> Handmade:
+    weights = {name: weight.bfloat16() for name, weight in WEIGHTS.items()}
+    return handmade(
+        RAW, weights, lambda name: PLAIN if name == "lm_head" or is_plain(name) else way, lambda layer: layout
+    )
+
+
+def test_build_refuses_what_is_beyond_its_type(tmp_path: Path) -> None:
+    """Numbers and scales are in order, their products are not."""
+    made = declare_compressed_tensors(by_hand(CHANNEL, lambda name: False, "linear"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    made.tensors[f"{name}_scale"][9] = 4096
+    export(made.write(tmp_path / "checkpoint"), tmp_path / "model", check_values=True)
+    with pytest.raises(CheckpointError, match=rf"{name}' at \[9, \d+\] holds .*beyond 65504") as refused:
+        build(tmp_path / "model", tmp_path / "engine", Request(dtype="fp16", max_context=16))
+    assert "--dtype" in refused.value.hint and not (tmp_path / "engine").exists()
+
+
 # Fused experts past the largest tensor.
-
-
-def fused_handmade(way: Way) -> Handmade:
-    made = handmade(RAW, {name: w.bfloat16() for name, w in WEIGHTS.items()}, lambda name: way, lambda layer: "fused")
-    return made if way == PLAIN else declare_modelopt(made)
 
 
 @pytest.mark.parametrize("way", [PLAIN, TENSOR], ids=["bf16", "FP8"])
 def test_split_experts_compute_the_same(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fused_handmade(way)
+    made = by_hand(way, lambda name: False, "fused")
+    made = made if way == PLAIN else declare_modelopt(made)
     checkpoint = made.write(tmp_path / "checkpoint")
     export(checkpoint, tmp_path / "whole")
     monkeypatch.setattr(weights_module, "LARGEST_TENSOR", made.values[GATE_UP].numel() - 1)

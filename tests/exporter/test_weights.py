@@ -99,11 +99,11 @@ FP8: Cases = {
     "router": (replaced(ROUTER, CHANNEL), f"'{ROUTER}' is stored as FP8 with a scale for each output channel, but"),
     "embedding": (
         change("model.embed_tokens.weight", lambda t: t.to(torch.float8_e4m3fn)),
-        "'model.embed_tokens.weight' is F8_E4M3, but",
+        "'model.embed_tokens.weight' is F8_E4M3, but is no Linear and no expert",
     ),
     "norm": (
         change("model.norm.weight", lambda t: t.to(torch.float8_e4m3fn)),
-        "'model.norm.weight' is F8_E4M3, but",
+        "'model.norm.weight' is F8_E4M3, but is no Linear and no expert",
     ),
     "a channel too few": (
         change(S, lambda t: t[:-1]),
@@ -158,7 +158,7 @@ PACKED: Cases = {
         added(SHAPE, torch.tensor([32, 64])),
         f"'{SHAPE}' says [32, 64], config.json asks for [64, 32]",
     ),
-    "a true shape in floats": (added(SHAPE, torch.tensor([64.0, 32.0])), f"'{SHAPE}' says F32, config.json asks for [6"),
+    "a true shape in floats": (added(SHAPE, torch.tensor([64.0, 32.0])), f"'{SHAPE}' says F32, config.json asks for"),
     "a true shape of three": (added(SHAPE, torch.tensor([64, 32, 1])), f"'{SHAPE}' has shape [3]"),
     "groups of unequal size": (
         added(S, torch.ones(64, 3)),
@@ -208,7 +208,7 @@ FUSED: Cases = {
         added(f"{DOWN}_weight_scale", torch.ones(4)),
         f"'{DOWN}_weight_scale' has shape [4]; the scale of fused experts is one number",
     ),
-    "scale in integers": (added(f"{DOWN}_weight_scale", torch.ones((), dtype=torch.int32)), "_scale' is I32; scales must"),
+    "scale in integers": (added(f"{DOWN}_weight_scale", torch.ones((), dtype=torch.int32)), "_scale' is I32; scales"),
     "E5M2": (change(DOWN, lambda t: t.float().to(torch.float8_e5m2)), f"'{DOWN}' is F8_E5M2 and has a scale"),
     "another shape": (
         change(DOWN, lambda t: t.view(torch.uint8).mT.contiguous().view(t.dtype)),
