@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -32,6 +34,7 @@ _err = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
 
 _DTYPE = click.Choice(["fp32", "fp16", "bf16"])
+_RECIPE = click.Choice(["stored", "bf16", "fp8-meta", "fp8", "fp8-all-linear", "int4-experts"])
 _PATH = click.Path(path_type=Path)
 
 
@@ -294,6 +297,71 @@ def inspect(path: Path, as_json: bool) -> None:
             value = "\n".join(map(str, value)) or "none"
         table.add_row(name, escape(str(value)))
     _out.print(table)
+
+
+class _Tokens(click.ParamType[int]):
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from shuntyard.engines.plan import parse_tokens
+
+        try:
+            return parse_tokens(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@main.command()
+@click.argument("ckpt", type=_PATH)
+@click.option("--gpu", default="h100", show_default=True, help="A name, or what there is to use, as 44.5GiB.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the engine.")
+@click.option("--context", type=_Tokens(), help="As 8192, 128k or 1M.  [default: the model's, at most 8192]")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a sequence in one call.")
+@click.option("--weights", type=_RECIPE, default="stored", show_default=True, help="What the engine is to hold.")
+@click.option("--kv", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="Of the KV cache.")
+@click.option("--all-logits", is_flag=True, help="Logits of every token, as validate asks for, not of the last.")
+@click.option("--reserve", type=click.IntRange(0), default=1024, show_default=True, help="MiB to keep free on a GPU.")
+@click.option("--json", "as_json", is_flag=True, help="All sizes in bytes, as JSON on stdout.")
+def plan(ckpt: Path, as_json: bool, reserve: int, **asked: Any) -> None:
+    """Say whether an engine of the checkpoint CKPT would fit on a GPU; exit status 1 when it would not."""
+    from shuntyard.engines.plan import Request
+    from shuntyard.engines.plan import plan as run
+
+    answer = run(ckpt, Request(reserve=reserve * 2**20, **asked))
+    if as_json:
+        _emit(answer.as_dict())
+    else:
+        _print_plan(answer)
+    if not answer.fits:
+        sys.exit(EXIT_FAILED)
+
+
+def _print_plan(answer: Any) -> None:
+    from shuntyard.engines.plan import words
+
+    _out.print(_one_line(answer.model.path.absolute().name), style="bold", markup=False)
+    _out.print(words.heading(answer), markup=False)
+    for rows, right in ((words.weight_rows(answer), (1, 3, 5)), (words.budget_rows(answer), (2,))):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, width=min(_out.width, 80))
+        for i, column in enumerate(next(rows)):
+            is_number, is_name = i in right, i != 1 and _out.width >= 80
+            justify: Any = "right" if is_number else "left"
+            table.add_column(column, justify=justify, no_wrap=is_number or is_name, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row), style="bold" if row[0] in words.SUMS else None)
+        _out.print(table)
+    _out.print(words.verdict(answer), style="bold green" if answer.fits else "bold red", markup=False)
+    if answer.nearest:
+        _out.print("what would fit, the least loss first:")
+        table = Table.grid(padding=(0, 0, 0, 2))
+        for i in range(3):
+            table.add_column(justify="right" if i == 1 else "left", no_wrap=i < 2)
+        for row in words.options(answer):
+            table.add_row(*map(escape, row))
+        _out.print(Padding(table, (0, 0, 0, 2)))
+    for remark in words.remarks(answer):
+        _out.print(remark, markup=False)
 
 
 @main.command()

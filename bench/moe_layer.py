@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import timing
 from shuntyard.plugins import functions
-from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION, EXPERTS, ROUTING, SCATTER_ADD, Op
+from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION, EXPERTS, ROUTING, SCATTER_ADD, ExpertsForm, Op
 
 Floats = NDArray[np.float32]
 
@@ -95,7 +95,9 @@ def routed_model(layer: Any, hidden: int, experts: int) -> bytes:
         return tape.op("MatMul", [x, tape.op("Transpose", [weight(f"{name}.weight")], {"perm": [1, 0]})])
 
     def private(op: Op, inputs: list[ir.Value]) -> list[ir.Value]:
-        outputs = tape.op_multi_out(op.name, inputs, {"top_k": 1}, domain=DOMAIN, num_outputs=len(op.outputs))
+        known = {"top_k": 1, "experts": experts, "layout": "fused", "group_size": 0}
+        attributes = {name: known[name] for name in op.attributes}
+        outputs = tape.op_multi_out(op.name, inputs, attributes, domain=DOMAIN, num_outputs=len(op.outputs))
         return list(outputs)
 
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["tokens", hidden]))
@@ -115,7 +117,7 @@ def routed_model(layer: Any, hidden: int, experts: int) -> bytes:
         opset_imports={"": functions.OPSET, DOMAIN: DOMAIN_VERSION},
         name="routed",
     )
-    bodies = [f for f in functions.all_functions(experts) if "Moe" in f.name]
+    bodies = [f for f in functions.all_functions([ExpertsForm(experts)]) if "Moe" in f.name]
     data: bytes = ir.to_proto(ir.Model(graph, ir_version=11, functions=bodies)).SerializeToString()
     return data
 

@@ -72,24 +72,28 @@ def run(command: Sequence[str], log: Path, limits: Limits, environment: Mapping[
     """Runs ``command`` to its end or to a limit; what it prints goes to ``log``. Memory is read 20 times a second."""
     peak = peak_anonymous = 0.0
     stopped = None
-    with log.open("wb") as stream:
-        begin = time.perf_counter()
-        child = subprocess.Popen(
+    begin = time.perf_counter()
+    with (
+        log.open("wb") as stream,
+        subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
-        )
-        while True:
-            status = child.poll()
-            spent = time.perf_counter() - begin
-            if status is not None:
-                break
-            if stopped is None:
+        ) as child,
+    ):
+        try:
+            while (status := child.poll()) is None:
+                spent = time.perf_counter() - begin
                 resident, anonymous = memory_mib(child.pid)
                 peak, peak_anonymous = max(peak, resident), max(peak_anonymous, anonymous)
-                stopped = "memory" if anonymous > limits.memory_mib else "time" if spent > limits.seconds else None
-                if stopped:
+                if anonymous > limits.memory_mib or spent > limits.seconds:
+                    stopped = "memory" if anonymous > limits.memory_mib else "time"
                     os.killpg(child.pid, signal.SIGKILL)
-            time.sleep(SAMPLE_SECONDS)
-    return Outcome(spent, peak, peak_anonymous, status, stopped)
+                    status = child.wait()
+                    break
+                time.sleep(SAMPLE_SECONDS)
+        except BaseException:  # an interrupt ends us, and what we started
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    return Outcome(time.perf_counter() - begin, peak, peak_anonymous, status, stopped)
 
 
 def written_bytes(directory: Path, own: Path) -> int:

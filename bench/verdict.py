@@ -177,7 +177,7 @@ def judge(checkpoint: Path, out: Path, kept: Path) -> dict[str, Any]:
     facts |= {"max_abs_difference": difference, "run_seconds": seconds, "tokens": len(tokens)}
     # NaN compares false, and must not pass.
     verdict = "right" if difference <= TOLERANCE else "wrong"
-    evidence = f"logits within {difference:.1e} over {len(tokens)} tokens, run in {seconds:.1f} s"
+    evidence = f"logits differ by at most {difference:.1e} over {len(tokens)} tokens, run in {seconds:.1f} s"
     return {"verdict": verdict, "evidence": evidence, **facts}
 
 

@@ -63,8 +63,8 @@ def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.Symboli
 def narrow_weights(model: ir.Model) -> None:
     """Takes out the casts of quantised weights to fp16, in place.
 
-    ONNX Runtime needs them, but in TensorRT an FP8 constant may only feed a plugin or a DequantizeLinear. Packed INT4 of
-    experts becomes INT32, as the plugin takes it.
+    ONNX Runtime needs them, but in TensorRT an FP8 constant may only feed a plugin or a DequantizeLinear. Packed INT4
+    of experts becomes INT32, as the plugin takes it.
     """
     for node in list(model.graph):
         if node.op_type != "Cast" or not str(node.outputs[0].name).endswith(WIDENED):

@@ -162,14 +162,15 @@ class Llama4Config(BaseModel):
         return layer in self.moe_layers
 
     def doubts(self) -> list[str]:
-        """What a user should know of a configuration that is valid, but may not be what the weights were trained with."""
+        """What a user should know of a configuration that is valid, but may not be that of the weights."""
         rope = self.rope
         is_scout = (self.hidden_size, self.num_hidden_layers, self.num_local_experts) == (5120, 48, 16)
         if is_scout and (rope.rope_type, rope.factor, rope.high_freq_factor) == ("llama3", 8, 4):
-            return [
+            doubt = (
                 "note: rope scaling is factor 8, high_freq_factor 4, as in Scout's first config.json; Meta's own code "
                 "computes Scout with 16 and 1 (docs/semantics.md). shuntyard follows config.json"
-            ]
+            )
+            return [doubt]
         return []
 
     def cache_rows(self, layer: int, context: int) -> int:

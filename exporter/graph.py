@@ -32,7 +32,7 @@ from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.model import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
 from shuntyard.exporter.storage import Storage, apply_storage, functions_of, storage_of
-from shuntyard.exporter.weights import Experts, Stored, Weights
+from shuntyard.exporter.weights import Experts, Stored, Weights, cut_large
 from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION
 from shuntyard.plugins.functions import OPSET
 
@@ -207,6 +207,7 @@ class _Assembly:
 
 def build_model(config: Llama4Config, weights: Weights, dtype: str) -> ir.Model:
     """The whole model, computing in ``dtype`` (``fp32``, ``fp16`` or ``bf16``)."""
+    weights = cut_large(weights)
     i64, f32, compute = ir.DataType.INT64, ir.DataType.FLOAT, COMPUTE_TYPES[dtype]
     g = _Assembly(config, compute, weights)
     input_ids = g.input("input_ids", i64, "batch", "sequence")

@@ -43,7 +43,7 @@ class Relayout:
         for what, value, known in (("weights", self.weights, DTYPES), ("experts", self.experts, LAYOUTS)):
             if value is not None and value not in known:
                 raise UnsupportedError(f"--{what} {value} is not known", hint=f"one of {', '.join(known)}")
-        if self.weights is not None:
+        if self.weights is not None or not self:
             return
         for name, stored in weights.stored():
             if stored.form != "none":
@@ -88,14 +88,12 @@ def _matrices(experts: Experts) -> dict[str, list[dict[str, Any]]]:
             for i, part in enumerate(EXPERT_PARTS)
         }
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in EXPERT_PARTS}
+    gate_up, down = parts
+    width = gate_up.entry.shape[-1] // 2
     for e in range(count):
-        split = experts.form.layout == "split"
-        gate_up, down = (parts[e], parts[count + e]) if split else (parts[0], parts[1])
-        index = {} if split else {"index": e}
-        width = gate_up.entry.shape[-1] // 2
         for part, columns in (("gate_proj", (0, width)), ("up_proj", (width, 2 * width))):
-            found[part].append({"stored": gate_up, "columns": columns, "transpose": True, **index})
-        found["down_proj"].append({"stored": down, "transpose": True, **index})
+            found[part].append({"stored": gate_up, "index": e, "columns": columns, "transpose": True})
+        found["down_proj"].append({"stored": down, "index": e, "transpose": True})
     return found
 
 
@@ -118,11 +116,7 @@ def _experts(module: str, experts: Experts, asked: Relayout) -> Iterator[Target]
         down = tuple((piece,) for piece in turned["down_proj"])
     else:
         # As they are stored: gate and up side by side.
-        split = experts.form.layout == "split"
-        own = [(experts.parts[e], experts.parts[count + e]) if split else experts.parts for e in range(count)]
-        index = [{} if split else {"index": e} for e in range(count)]
-        gate_up = tuple((_piece(own[e][0], **index[e]),) for e in range(count))
-        down = tuple((_piece(own[e][1], **index[e]),) for e in range(count))
+        gate_up, down = (tuple((_piece(own, index=e),) for e in range(count)) for own in experts.parts)
     yield Target(f"{module}.gate_up_proj", dtype, (count, hidden, 2 * inner), gate_up)
     yield Target(f"{module}.down_proj", dtype, (count, inner, hidden), down)
 

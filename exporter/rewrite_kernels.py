@@ -25,7 +25,7 @@ from shuntyard.exporter.rewrite_request import Piece, Target, entries_of, scale_
 from shuntyard.exporter.rewrite_shards import Chunk
 from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry, read_header
 
-TILE_ROWS, TILE_COLUMNS = 128, 8192
+TILE_ROWS, TILE_COLUMNS = 256, 8192
 """A tile that is turned: it is read in runs of so many columns, and placed in runs of so many rows."""
 
 TILE_VALUES = 512 * 1024

@@ -39,7 +39,7 @@ def check_finite(weights: Weights, largest: float | None = None) -> None:
             # The values of INT4 are -8 .. 7, whatever the bytes are.
             _check(stored.scale, 0, scale.reshape(-1) * 8, largest)
             continue
-        columns = math.prod(stored.entry.shape[1:])
+        columns = math.prod(stored.entry.shape[1:]) if stored.form == "channel" else 1
         for start, piece in _pieces(stored.entry, columns):
             factor = scale.reshape(-1, 1)
             if stored.form == "channel":

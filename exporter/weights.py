@@ -360,10 +360,7 @@ class _Matcher:
                     f"{part.entry.file}: '{part.entry.name}' is stored in another way than '{first.entry.name}'",
                     hint="the experts of a layer must all be stored alike",
                 )
-        form = ExpertsForm(experts, layout, first.form, first.group_size).check()
-        if layout == "fused" and max(part.elements for part in found) > LARGEST_TENSOR:
-            return _split(form, found)
-        return Experts(form, tuple(found))
+        return Experts(ExpertsForm(experts, layout, first.form, first.group_size).check(), tuple(found))
 
     def _fused(self, module: str, name: str, shape: tuple[int, ...]) -> Stored | None:
         entry, scale = self._take(f"{module}.{name}", shape), self._take(f"{module}.{name}_weight_scale")
@@ -388,10 +385,21 @@ def _kind(part: Stored) -> tuple[str, str, int, str | None]:
     return part.form, part.entry.dtype, part.group_size, part.scale.dtype if part.scale else None
 
 
-def _split(form: ExpertsForm, parts: list[Stored]) -> Experts:
+def cut_large(weights: Weights) -> Weights:
+    """The same weights, fused experts of more than ``LARGEST_TENSOR`` elements in layout ``split``."""
+    experts = {
+        layer: _split(own)
+        if own.form.layout == "fused" and max(part.elements for part in own.parts) > LARGEST_TENSOR
+        else own
+        for layer, own in weights.experts.items()
+    }
+    return replace(weights, experts=experts)
+
+
+def _split(experts: Experts) -> Experts:
     """Fused experts cut between experts: slices of the same bytes."""
-    slices = []
-    for part in parts:
+    form, slices = experts.form, []
+    for part in experts.parts:
         size = part.entry.nbytes // form.experts
         for e in range(form.experts):
             entry = replace(

@@ -129,7 +129,7 @@ def _stages(config: Llama4Config, call: Call) -> Iterator[tuple[str, list[Term]]
     projected = Term("q, k, v", "2T(N + 2G)D", (query + 2 * tokens * keys * head_dim) * COMPUTE)
 
     def repeated(rows: int, formula: str) -> Term:
-        return Term("keys, values per head", formula, 2 * batch * heads * rows * head_dim * COMPUTE)
+        return Term("keys, values of each query head", formula, 2 * batch * heads * rows * head_dim * COMPUTE)
 
     kinds = {config.uses_rope(i) for i in range(config.num_hidden_layers)}
     if True in kinds:

@@ -164,7 +164,7 @@ def test_activations_by_hand() -> None:
     assert live.stage == "attention of a NoPE layer"
     terms = {term.name: term.nbytes for term in live.terms}
     assert terms == {
-        "keys, values per head": 2 * 40 * 2**20 * 128 * 2,  # 20 GiB
+        "keys, values of each query head": 2 * 40 * 2**20 * 128 * 2,  # 20 GiB
         "q, k, v": 512 * (40 + 8 + 8) * 128 * 2,
         "scaled q": 512 * 40 * 128 * 2,
         "hidden state": 512 * 5120 * 2,
@@ -174,6 +174,9 @@ def test_activations_by_hand() -> None:
         "ids, positions, indices": 512 * (32 + 24 * 8 + 4 * 48),
         "logits": 202_048 * 4,
     }
+    for tokens, in_call in ((100, 100), (8192, 8192), (8193, 8192)):  # a call ends at a chunk's edge
+        (head,) = (live for live in live_sets(config_of("scout"), Call(1, tokens, 2**20)) if live.stage == "head")
+        assert {term.name: term.nbytes for term in head.terms}["normalised"] == in_call * 5120 * 2
     every = largest_live_set(config_of("scout"), Call(batch=1, tokens=512, context=2**20, all_logits=True))
     assert every.nbytes - live.nbytes == 511 * 202_048 * 4
     # With short contexts it is the head: room for the logits of every token.
@@ -193,6 +196,11 @@ def test_several_gpus_by_hand() -> None:
     assert eighth["attention k, v"] == 48 * 2 * 5120 * 128 * 2
     assert eighth["embeddings"] == 202_048 // 8 * 5120 * 2
     assert (eighth["norms"], eighth["routers"]) == (whole["norms"], whole["routers"])
+    # Scales of experts go with them; those of a matrix that is cut by columns may be needed on every GPU.
+    quantised = weights_per_gpu(config, held_bytes(config, RECIPES["fp8-all-linear"]), 8)
+    rows = 2 * 8192 + 5120
+    assert quantised["routed experts"] == 24 * 16 * (ONE_EXPERT + rows * 4)
+    assert quantised["shared experts"] == 24 * (ONE_EXPERT // 8 + rows * 4)
     assert possible_gpus(config) == [1, 2, 4, 8]  # 40 query heads, 8 key/value heads, 128 experts
     assert 16 not in possible_gpus(config_of("scout"))
 

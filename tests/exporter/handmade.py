@@ -27,7 +27,7 @@ class Way(NamedTuple):
     form: str = "plain"
     group: int = 0
     scale: torch.dtype = torch.bfloat16
-    scale_shape: tuple[int, ...] = ()  # of form tensor, which libraries write as [], [1] or [1, 1]
+    scale_shape: tuple[int, ...] | None = None  # of one number, or of a channel's; None: [] and [out, 1]
 
 
 PLAIN, TENSOR, CHANNEL = Way(), Way("tensor"), Way("channel")
@@ -91,10 +91,10 @@ def linear(module: str, weight: Tensor, way: Way) -> tuple[dict[str, Tensor], Te
         tensors = {f"{module}.weight_{name}": tensor for name, tensor in stored.items()}
         return tensors, (numbers * scale.float()[..., None]).flatten(1)
     largest = weight.float().abs()
-    largest = largest.amax().reshape(way.scale_shape) if way.form == "tensor" else largest.amax(1, keepdim=True)
-    scale = (largest / E4M3_MAX).to(way.scale)
+    scale = ((largest.amax() if way.form == "tensor" else largest.amax(1, keepdim=True)) / E4M3_MAX).to(way.scale)
     numbers = e4m3(weight, scale)
-    return {f"{module}.weight": numbers, f"{module}.weight_scale": scale}, numbers.float() * scale.float()
+    shaped = scale if way.scale_shape is None else scale.reshape(way.scale_shape)
+    return {f"{module}.weight": numbers, f"{module}.weight_scale": shaped}, numbers.float() * scale.float()
 
 
 def _linear(made: Handmade, module: str, weight: Tensor, way: Way) -> Tensor:
@@ -142,7 +142,7 @@ def _fused_experts(made: Handmade, module: str, fused: dict[str, Tensor], way: W
         made.tensors[name] = weight
         made.values[name] = weight.float()
         if way.form != "plain":
-            scale = (weight.float().abs().amax().reshape(way.scale_shape) / E4M3_MAX).to(way.scale)
+            scale = (weight.float().abs().amax().reshape(way.scale_shape or ()) / E4M3_MAX).to(way.scale)
             made.tensors |= {name: e4m3(weight, scale), f"{name}_weight_scale": scale}
             made.values[name] = made.tensors[name].float() * scale.float()
 

@@ -67,6 +67,7 @@ FORMS: dict[str, Callable[[], Handmade]] = {
     "tensor, fused": lambda: sound(TENSOR, "fused"),
     "tensor, scales [1, 1]": lambda: sound(Way("tensor", scale_shape=(1, 1))),
     "channel": lambda: sound(CHANNEL),
+    "channel, scales in a row": lambda: sound(Way("channel", scale_shape=(-1,))),
     "channel, fp32 scales": lambda: sound(Way("channel", scale=torch.float32)),
     "group": lambda: sound(INT4),
     "group of the whole channel of some": lambda: sound(Way("group", 32)),

@@ -83,6 +83,7 @@ def test_undeclared(case: str, tmp_path: Path) -> None:
 ODD: dict[str, Tensor] = {
     f"{Q}.input_scale": torch.ones(32),
     f"{EXPERT}.input_scale": torch.ones(1, dtype=torch.int32),
+    f"{ATTENTION}.k_proj.input_scale": torch.ones(2),  # as many as there are key/value heads
     f"{ATTENTION}.k_scale": torch.ones(3),
     f"{ATTENTION}.v_scale": torch.ones(0),
 }

@@ -2,83 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shuntyard.errors import CheckpointError, ShuntyardError, UnsupportedError
-from shuntyard.exporter.quantization import Quantization, Scheme, read_quantization
-
-WEIGHTS: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
-INT4 = WEIGHTS | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
-DYNAMIC = WEIGHTS | {"strategy": "token", "dynamic": True}
-STATIC = WEIGHTS | {"strategy": "tensor"}
-Q = "model.layers.0.self_attn.q_proj"
-UP = "model.layers.0.feed_forward.up_proj"
-
-
-def group(weights: dict[str, Any] | None = None, *targets: str, **changes: Any) -> dict[str, Any]:
-    raw: dict[str, Any] = {"targets": list(targets or ["Linear"]), "weights": weights or WEIGHTS}
-    return {key: value for key, value in (raw | changes).items() if value is not ...}
-
-
-def compressed_tensors(*groups: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {f"group_{i}": one for i, one in enumerate(groups or [group()])},
-        "ignore": ["lm_head"],
-    }
-    return {key: value for key, value in (raw | changes).items() if value is not ...}
-
-
-def modelopt(**changes: Any) -> dict[str, Any]:
-    """The section that is embedded in ``config.json``."""
-    weights = {"dynamic": False, "num_bits": 8, "type": "float"}
-    raw: dict[str, Any] = {
-        "quant_method": "modelopt",
-        "quant_algo": "FP8",
-        "config_groups": {"group_0": {"input_activations": weights, "weights": weights, "targets": ["Linear"]}},
-        "ignore": ["lm_head"],
-        "producer": {"name": "modelopt", "version": "0.47.0"},
-    }
-    return {key: value for key, value in (raw | changes).items() if value is not ...}
-
-
-def beside(**changes: Any) -> dict[str, Any]:
-    """``hf_quant_config.json``."""
-    inner: dict[str, Any] = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
-    inner = {key: value for key, value in (inner | changes).items() if value is not ...}
-    return {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": inner}
-
-
-def read(folder: Path, section: dict[str, Any] | None, file: Any = None) -> Quantization | None:
-    if file is not None:
-        text = file if isinstance(file, str) else json.dumps(file)
-        (folder / "hf_quant_config.json").write_text(text)
-    return read_quantization(folder, section)
-
-
-def declared(folder: Path, section: dict[str, Any] | None, file: Any = None) -> Quantization:
-    found = read(folder, section, file)
-    assert found is not None
-    return found
-
-
-def refusal(folder: Path, section: dict[str, Any] | None, file: Any = None) -> ShuntyardError:
-    """The error, which must name the file, fit a line and have a hint."""
-    with pytest.raises((UnsupportedError, CheckpointError)) as refused:
-        read(folder, section, file)
-    error = refused.value
-    names = [str(folder / name) for name in ("config.json", "hf_quant_config.json")]
-    assert error.message.startswith(tuple(f"{name}: " for name in names))
-    assert "\n" not in error.message and len(error.message.replace(str(folder), "")) < 300, error.message
-    assert error.hint and "\n" not in error.hint
-    return error
-
+from shuntyard.errors import UnsupportedError
+from shuntyard.exporter.quantization import Scheme
+from tests.exporter.declarations import (
+    DYNAMIC,
+    INT4,
+    STATIC,
+    WEIGHTS,
+    Q,
+    beside,
+    compressed_tensors,
+    declared,
+    group,
+    modelopt,
+    read,
+    refusal,
+)
 
 READ: dict[str, tuple[dict[str, Any], list[Scheme], str, bool]] = {
     "FP8 by channel": (compressed_tensors(), [Scheme("channel")], "none", False),
@@ -435,97 +379,3 @@ BESIDE: dict[str, tuple[dict[str, Any] | None, Any, str]] = {
 def test_modelopts_file_refused(case: str, tmp_path: Path) -> None:
     section, file, message = BESIDE[case]
     assert message in refusal(tmp_path, section, file).message
-
-
-# Which modules a declaration is about.
-
-CHANNEL, TENSOR, GROUP = Scheme("channel"), Scheme("tensor"), Scheme("group", 128)
-MODULES: dict[str, tuple[list[tuple[dict[str, Any], list[str]]], list[str], dict[str, Scheme | None]]] = {
-    "class": ([(WEIGHTS, ["Linear"])], [], {Q: CHANNEL, UP: CHANNEL, "lm_head": CHANNEL}),
-    "the head, a name without a dot": ([(WEIGHTS, ["lm_head"])], [], {"lm_head": CHANNEL, Q: None}),
-    "exact": ([(WEIGHTS, [Q])], [], {Q: CHANNEL, f"{Q}.x": None, Q[1:]: None, f"language_model.{Q}": None}),
-    "pattern": ([(WEIGHTS, ["re:.*q_proj$"])], [], {Q: CHANNEL, f"language_model.{Q}": CHANNEL, UP: None}),
-    "a pattern begins where the name does": ([(WEIGHTS, ["re:self_attn"])], [], {Q: None, "self_attn.q_proj": CHANNEL}),
-    "a pattern need not reach the end": ([(WEIGHTS, [r"re:model\.layers\.0"])], [], {Q: CHANNEL, UP: CHANNEL}),
-    "exact before pattern, pattern before class": (
-        [(WEIGHTS, ["Linear"]), (STATIC, ["re:.*self_attn.*"]), (INT4, [Q])],
-        [],
-        {Q: GROUP, Q.replace("q_", "k_"): TENSOR, UP: CHANNEL},
-    ),
-    "in whichever order": (
-        [(INT4, [Q]), (STATIC, ["re:.*self_attn.*"]), (WEIGHTS, ["Linear"])],
-        [],
-        {Q: GROUP, Q.replace("q_", "k_"): TENSOR, UP: CHANNEL},
-    ),
-    "of two patterns the first by alphabet": (
-        [(WEIGHTS, ["re:model.*"]), (STATIC, ["re:.*q_proj"])],
-        [],
-        {Q: TENSOR, UP: CHANNEL},
-    ),
-    "ignored by name": ([(WEIGHTS, ["Linear"])], [Q], {Q: None, UP: CHANNEL}),
-    "ignored by pattern": ([(WEIGHTS, ["Linear"])], ["re:.*self_attn"], {Q: None, UP: CHANNEL}),
-    "ignored comes first": ([(WEIGHTS, [Q])], ["re:.*"], {Q: None, UP: None}),
-    "a class of modules that are no Linears": ([(WEIGHTS, ["Linear"])], ["Llama4TextAttention"], {Q: CHANNEL}),
-    "ignored by a part of the name": ([(WEIGHTS, ["Linear"])], ["q_proj", "model.layers.0.self_attn"], {Q: CHANNEL}),
-}
-
-
-@pytest.mark.parametrize("case", MODULES)
-def test_scheme_of(case: str, tmp_path: Path) -> None:
-    groups, ignored, expected = MODULES[case]
-    found = declared(tmp_path, compressed_tensors(*(group(w, *t) for w, t in groups), ignore=ignored))
-    assert {name: found.scheme_of(name) for name in expected} == expected
-
-
-def test_scheme_of_both_names(tmp_path: Path) -> None:
-    """With the prefix of a file with a vision tower and without, whichever the declaration was written with."""
-    names = f"language_model.{Q}", Q
-    for name in (*names, rf"re:^language_model\.{Q}$", f"re:^{Q}$"):
-        found = declared(tmp_path, compressed_tensors(group(None, name)))
-        assert found.scheme_of(*names) == found.scheme_of(*reversed(names)) == CHANNEL
-        found = declared(tmp_path, compressed_tensors(ignore=[name]))
-        assert found.scheme_of(*names) is None
-        assert found.scheme_of(f"language_model.{UP}", UP) == CHANNEL
-
-
-MODELOPTS: dict[str, tuple[list[str], dict[str, Scheme | None]]] = {
-    "nothing": ([], {Q: TENSOR, "lm_head": TENSOR}),
-    "exact": (["lm_head", Q], {Q: None, "lm_head": None, UP: TENSOR, f"language_model.{Q}": TENSOR}),
-    "wildcards": (
-        ["*q_proj", "vision_model*"],
-        {Q: None, UP: TENSOR, "vision_model.a.b": None, "my_vision_model": TENSOR},
-    ),
-    "one of several": (["model.layers.[12].*"], {"model.layers.1.x": None, Q: TENSOR}),
-    "what a module lies in": (["model.layers.0.self_attn", "*.router"], {Q: None, UP: TENSOR, "a.router": None}),
-    "no part of a name": (["model.layers.0.self_attn.q", "odel.layers.0*"], {Q: TENSOR}),
-    "no regular expression": (["re:.*", ".*"], {Q: TENSOR}),
-    "case counts": (["*Q_PROJ"], {Q: TENSOR}),
-}
-
-
-@pytest.mark.parametrize("embedded", [True, False], ids=["embedded", "beside"])
-@pytest.mark.parametrize("case", MODELOPTS)
-def test_scheme_of_modelopt(case: str, embedded: bool, tmp_path: Path) -> None:
-    ignored, expected = MODELOPTS[case]
-    section, file = (modelopt(ignore=ignored), None) if embedded else (None, beside(exclude_modules=ignored))
-    found = declared(tmp_path, section, file)
-    assert {name: found.scheme_of(name) for name in expected} == expected
-
-
-LINEARS = [f"{prefix}{name}" for prefix in ("", "language_model.") for name in (Q, UP, "lm_head", "model.router")]
-
-
-@pytest.mark.parametrize("case", MODULES)
-def test_compressed_tensors_matches_alike(case: str, tmp_path: Path) -> None:
-    """The library's own matching, on Linears of these names."""
-    pytest.importorskip("compressed_tensors")
-    import torch
-    from compressed_tensors.utils.match import is_match, match_targets
-
-    groups, ignored, expected = MODULES[case]
-    found = declared(tmp_path, compressed_tensors(*(group(w, *t) for w, t in groups), ignore=ignored))
-    schemes = {target: one.scheme for one in found.groups for target in one.targets}
-    linear = torch.nn.Linear(1, 1)
-    for name in {*LINEARS, *expected}:
-        theirs = [] if is_match(name, linear, ignored) else match_targets(name, linear, schemes)
-        assert found.scheme_of(name) == (schemes[theirs[0]] if theirs else None)

@@ -156,6 +156,27 @@ def test_a_link_in_the_place_of_the_partial_directory(tmp_path: Path) -> None:
     assert (elsewhere / "precious").exists()
 
 
+def test_a_directory_that_was_replaced_before_it_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run removed it as abandoned, and a third made it anew: a lock on the old one would keep nobody out."""
+    target, lock = tmp_path / "out", resumable._lock
+    calls = iter([True])
+
+    def late(directory: Path) -> int:
+        descriptor = lock(directory)
+        if next(calls, False):
+            directory.rmdir()
+            directory.mkdir()
+        return descriptor
+
+    monkeypatch.setattr(resumable, "_lock", late)
+    with (
+        resumable_directory(target, KEY),
+        pytest.raises(OutputError, match="another run is writing it"),
+        resumable_directory(target, KEY),
+    ):
+        pass
+
+
 def test_without_locks_nothing_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

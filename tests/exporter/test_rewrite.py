@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,6 +277,20 @@ def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
         files.append({p.name: p.read_bytes() for p in (tmp_path / str(workers)).iterdir()})
     assert len(files[0]) == 4
     assert files[0] == files[1] == files[2]
+
+
+def test_reads_and_writes_that_take_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal or a network's file system may have it."""
+    preadv, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [memoryview(views[0])[:3]], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:5], offset))
+    stored = np.random.default_rng(0).normal(size=(9, 10)).astype(np.float32)
+    entries = write_source(tmp_path / "a.safetensors", {"a": ("F32", stored)})
+    turned = Target("turned", "F32", (10, 9), ((Piece(entries["a"], transpose=True),),))
+    half = Target("half", "BF16", (9, 10), ((Piece(entries["a"]),),))
+    found = run([turned, half], tmp_path / "out", chunk_bytes=100)
+    assert found["turned"].tobytes() == stored.T.tobytes()
+    assert found["half"].tobytes() == stored.astype(ml_dtypes.bfloat16).tobytes()
 
 
 def test_wide_types_come_first(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_small_disk(source: Path, wanted: dict[str, bytes], tmp_path: Path, ho
     """Too small by some bytes: known before anything is written, and where that was wrong, by the first reservation."""
     script = tmp_path / "script.py"
     script.write_text(ON_DISK)
-    run_it = f"PYTHONPATH={Path.cwd()} {sys.executable} {script} {how} {source}"
+    run_it = f"PYTHONPATH={Path.cwd()}:$PYTHONPATH {sys.executable} {script} {how} {source}"
     needed = sum(len(data) for name, data in wanted.items() if name.endswith(".safetensors"))
     done = on_small_disk(tmp_path, needed // 1024 - 10, run_it)
     assert done.returncode == 0, done.stderr

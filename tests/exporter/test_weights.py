@@ -6,15 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from shuntyard.exporter import weights as weights_module
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.safetensors_header import read_values
 from shuntyard.exporter.values import check_finite
 from shuntyard.exporter.weights import match_weights
-from tests.exporter.handmade import CHANNEL, PLAIN, TENSOR, Handmade, Way, data, declare_compressed_tensors, packed
+from tests.checkpoints import parsed, random_weights
+from tests.exporter.handmade import (
+    CHANNEL,
+    PLAIN,
+    TENSOR,
+    Handmade,
+    Way,
+    data,
+    declare_compressed_tensors,
+    handmade,
+    packed,
+)
 from tests.exporter.spoiling import (
     EXPERT,
     EXPERTS,
@@ -154,6 +163,7 @@ PACKED: Cases = {
     "along the outputs": (added(P, torch.zeros(8, 32, dtype=torch.int32)), f"'{P}' is I32 [8, 32]; INT4 weights"),
     "eight bits": (added(P, torch.zeros(64, 8, dtype=torch.int32)), f"'{P}' is I32 [64, 8]; INT4 weights [64, 32]"),
     "in bytes": (change(P, lambda t: t.view(torch.uint8)), f"'{P}' is U8 [64, 16]; INT4 weights [64, 32]"),
+    "in floats": (change(P, lambda t: t.float()), f"'{P}' is F32 [64, 4]; INT4 weights [64, 32] are packed as I32"),
     "another true shape": (
         added(SHAPE, torch.tensor([32, 64])),
         f"'{SHAPE}' says [32, 64], config.json asks for [64, 32]",
@@ -164,6 +174,7 @@ PACKED: Cases = {
         added(S, torch.ones(64, 3)),
         f"'{S}' has shape [64, 3]; INT4 weights [64, 32] need [64, groups], the groups of equal size",
     ),
+    "groups of a channel too few": (change(S, lambda t: t[:-1]), f"'{S}' has shape [63, 2]"),
     "no groups": (added(S, torch.ones(64, 0)), f"'{S}' has shape [64, 0]"),
     "scales in one row": (added(S, torch.ones(64)), f"'{S}' has shape [64]"),
     "scales lying down": (change(S, lying), f"'{S}' has shape [2, 64]"),
@@ -320,6 +331,24 @@ def test_a_plain_router_though_all_linears_are_declared(tmp_path: Path) -> None:
     assert match(made, tmp_path / "quantised").linears[f"{ROUTER}.weight"].form == "channel"
 
 
+def test_one_channel_by_channel(tmp_path: Path) -> None:
+    """Its scale is one number, as that of a tensor is."""
+    raw = RAW | {"num_local_experts": 1, "num_experts_per_tok": 1}
+    made = handmade(raw, random_weights(parsed(raw)), lambda name: CHANNEL)
+    assert match(declare_compressed_tensors(made), tmp_path).linears[f"{ROUTER}.weight"].form == "tensor"
+
+
+def test_int4_of_inputs_that_do_not_fill_the_last_integer(tmp_path: Path) -> None:
+    made = sound(INT4)
+    made.raw["hidden_size"] = 36
+    for name, tensor in random_weights(parsed(RAW | {"hidden_size": 36})).items():
+        if name in made.tensors:
+            made.tensors[name] = tensor
+    made.tensors |= {P: torch.zeros(64, 5, dtype=torch.int32), S: torch.ones(64, 3), SHAPE: torch.tensor([64, 36])}
+    error = refusal(made, tmp_path)
+    assert f"'{P}' is I32 [64, 5]; INT4 weights [64, 36]" in error.message and "multiple of eight" in str(error.hint)
+
+
 def test_int4_by_channel(tmp_path: Path) -> None:
     """One group spans the channel, however long it is: that is declared without a size, or as groups of that size."""
     made = sound(Way("group", 32))
@@ -337,40 +366,6 @@ def made_inputs(made: Handmade, module: str) -> int:
 def test_four_bits_lie_as_the_contract_says() -> None:
     """Golden: -8 .. 7 from the lowest nibble up, as compressed-tensors packs them."""
     assert packed(torch.arange(-8, 8)[None]).tolist() == [[0x76543210, 0xFEDCBA98 - 2**32]]
-
-
-# Experts past 2^31 elements.
-
-
-@pytest.mark.parametrize("form", ["plain, fused", "modelopt"])
-def test_split_is_the_same_bytes(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = FORMS[form]()
-    whole = match(made, tmp_path / "whole")
-    largest = max(value.numel() for name, value in made.values.items() if ".experts." in name)
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", largest)
-    assert match(made, tmp_path / "just fits").experts[1].form.layout == "fused"
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", largest - 1)
-    split = match(made, tmp_path / "split")
-    experts, count = split.experts[1], RAW["num_local_experts"]
-    assert experts.form.layout == "split" and len(experts.parts) == 2 * count
-    tensors = load_file(tmp_path / "split" / "checkpoint" / "model.safetensors")
-    for i, stored in enumerate(experts.parts):
-        tensor = tensors[f"{EXPERTS}.{('gate_up_proj', 'down_proj')[i // count]}"][i % count]
-        assert read_values(stored.entry).tobytes() == data(tensor)
-        assert stored.entry.shape == tuple(tensor.shape)
-        scales = [part.scale and part.scale.name for part in (stored, whole.experts[1].parts[i // count])]
-        assert scales[0] == scales[1]
-    assert split.parameters == whole.parameters and split.tensors == whole.tensors
-    check_finite(split)
-
-
-def test_linear_experts_are_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", 1)
-    assert match(sound(CHANNEL), tmp_path).experts[1].form.layout == "linear"
-
-
-def test_the_largest_tensor_is_the_largest_that_tensorrt_counts() -> None:
-    assert weights_module.LARGEST_TENSOR == 2**31 - 1
 
 
 def test_spoiling_spoils(tmp_path: Path) -> None:
