@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.checkpoint import Checkpoint, is_derived
+from shuntyard.exporter.checkpoint import TEXT_PREFIX, Checkpoint, is_derived
 from shuntyard.exporter.model import all_weights
 from shuntyard.exporter.quantization import Scheme
 from shuntyard.exporter.safetensors_header import TensorEntry, read_values
@@ -324,7 +324,8 @@ class _Matcher:
         """What the tensors are and what ``config.json`` says of the module must be the same."""
         entry, quantization = stored.entry, self.checkpoint.quantization
         own = entry.name.removesuffix(".weight").removesuffix(".weight_packed")
-        declared = None if quantization is None else quantization.scheme_of(own, module)
+        # A declaration may be written with the prefix though the tensors are not, or the other way round.
+        declared = None if quantization is None else quantization.scheme_of(own, module, TEXT_PREFIX + module)
         found = stored.scheme
         if declared == found or declared in _other_readings(stored):
             return

@@ -183,3 +183,22 @@ def test_one_step_is_never_left_out() -> None:
     assert [change.what.split()[::2] for change in far.nearest] == [["--gpu", "--gpus"]]
     both = plan_model(SCOUT_MODEL, Request(gpu="b300", weights="bf16", context=10_485_760 // 4))
     assert any(change.what == "--kv fp8 --weights fp8-meta" for change in both.nearest) or not both.fits
+
+
+def _options(**changes: Any) -> list[str]:
+    return [change.what for change in plan_model(SCOUT_MODEL, Request(**changes)).nearest]
+
+
+def test_recipes_are_tried_in_order() -> None:
+    """117.3 GiB are needed as fp8-meta, 113.5 as fp8, 105.1 as fp8-all-linear, 69.9 as int4-experts."""
+    for gpu, recipe in (("118", "fp8-meta"), ("117", "fp8"), ("113", "fp8-all-linear"), ("105", "int4-experts")):
+        assert f"--weights {recipe}" in _options(gpu=f"{gpu}GiB")
+    assert "--weights fp8" in _options(gpu="117GiB", weights="fp8-meta")
+
+
+def test_nothing_in_fp8_is_offered_for_an_a100() -> None:
+    assert _options(gpu="a100-80", gpus=2) == ["--gpu h200", "--gpus 4", "--weights int4-experts"]
+    # With the cache in FP8 it would fit.
+    near = {"gpus": 2, "weights": "int4-experts", "context": 550_000}
+    assert "--kv fp8" in _options(gpu="79.14GiB", **near)
+    assert "--kv fp8" not in _options(gpu="a100-80", **near)

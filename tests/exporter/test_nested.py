@@ -122,6 +122,17 @@ def test_the_declaration_may_lie_within(tmp_path: Path) -> None:
     assert match(made, tmp_path / "within").linears[W].form == "channel"
 
 
+@pytest.mark.parametrize("tensors", ["", PREFIX], ids=["bare tensors", "prefixed tensors"])
+@pytest.mark.parametrize("declared", ["", PREFIX], ids=["bare modules", "prefixed modules"])
+def test_the_declaration_may_have_another_prefix(tensors: str, declared: str, tmp_path: Path) -> None:
+    made = sound(CHANNEL)
+    section = made.raw["quantization_config"]
+    for names in (section["ignore"], section["config_groups"]["group_0"]["targets"]):
+        names[:] = [declared + name for name in names]
+    weights = match(nested(made, tensors), tmp_path)
+    assert weights.linears[W].form == "channel" and weights.linears["lm_head.weight"].form == "none"
+
+
 def test_tied_embeddings_where_both_say_so(tmp_path: Path) -> None:
     made = nested(sound(PLAIN))
     del made.tensors[f"{PREFIX}lm_head.weight"]

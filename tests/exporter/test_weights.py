@@ -349,6 +349,12 @@ def test_int4_of_inputs_that_do_not_fill_the_last_integer(tmp_path: Path) -> Non
     assert f"'{P}' is I32 [64, 5]; INT4 weights [64, 36]" in error.message and "multiple of eight" in str(error.hint)
 
 
+def test_a_true_shape_of_32_bits(tmp_path: Path) -> None:
+    made = sound(INT4)
+    change(SHAPE, lambda t: t.int())(made)
+    assert match(made, tmp_path).linears[W].form == "group"
+
+
 def test_int4_by_channel(tmp_path: Path) -> None:
     """One group spans the channel, however long it is: that is declared without a size, or as groups of that size."""
     made = sound(Way("group", 32))
