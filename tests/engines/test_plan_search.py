@@ -199,6 +199,6 @@ def test_recipes_are_tried_in_order() -> None:
 def test_nothing_in_fp8_is_offered_for_an_a100() -> None:
     assert _options(gpu="a100-80", gpus=2) == ["--gpu h200", "--gpus 4", "--weights int4-experts"]
     # With the cache in FP8 it would fit.
-    near = {"gpus": 2, "weights": "int4-experts", "context": 550_000}
+    near: dict[str, Any] = {"weights": "int4-experts", "context": 200_000}
     assert "--kv fp8" in _options(gpu="79.14GiB", **near)
     assert "--kv fp8" not in _options(gpu="a100-80", **near)

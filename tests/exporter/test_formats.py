@@ -20,8 +20,10 @@ from shuntyard.exporter.export import ExportResult, export
 from shuntyard.exporter.graph import retarget
 from tests import formats
 from tests.exporter.exported import ONNX_TYPES, RAW, WEIGHTS, by_hand, entries, logits, places, reference
-from tests.exporter.handmade import PLAIN, TENSOR, (
+from tests.exporter.handmade import (
     CHANNEL,
+    PLAIN,
+    TENSOR,
     Way,
     declare_compressed_tensors,
     declare_modelopt,
