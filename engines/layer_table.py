@@ -5,6 +5,7 @@ For TensorRT it is read back from the builder's verbose log, which ends with one
     Name: …, LayerType: gemm, Inputs: [ { Name: …, Datatype: BFloat16, … } ], Constants: […], Outputs: […],
     TacticName: …, StreamId: 0, Metadata: [ONNX Layer: self_attn.q_proj | model.layers.0 (Llama4RopeMoeLayer)]
 
+Layers of kind ``signal`` and ``wait`` compute nothing: they join streams, and have an ``EventId`` after the stream's.
 Each ``ONNX Layer`` is a node that the layer computes, innermost first, and so names the checkpoint's module.
 """
 
@@ -25,7 +26,7 @@ from shuntyard.plugins.contract import CACHED_ATTENTION, DOMAIN, EXPERTS, PLUGIN
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
-    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, Metadata: ?(?P<metadata>.*)$"
+    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, (?:EventId: -?\d+, )?Metadata: ?(?P<metadata>.*)$"
 )
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")

@@ -302,6 +302,18 @@ def test_precision_is_read_strictly() -> None:
         check_precision([*parse(), *parse("Half", "kgen", metadata="")], expected, {})
 
 
+def test_streams_are_joined_by_layers_that_compute_nothing() -> None:
+    """As TensorRT-RTX 1.7 writes them for a model of hidden size 256 and more."""
+    lines = [
+        f"Name: __mye{i}, LayerType: {kind}, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: {i}, "
+        "EventId: 1, Metadata: "
+        for i, kind in enumerate(("signal", "wait"))
+    ]
+    layers = parse_tensorrt_log("\n".join(lines))
+    assert [(layer.kind, layer.origins, layer.plugin) for layer in layers] == [("signal", [], None), ("wait", [], None)]
+    check_precision([*parse(), *layers], {"model.layers.0.self_attn.q_proj": "bf16"}, {})
+
+
 def test_dumps_in_other_forms_are_refused() -> None:
     with pytest.raises(EngineError, match="has no layer dump"):
         parse_tensorrt_log("VERBOSE nothing here")
