@@ -26,7 +26,8 @@ from shuntyard.plugins.contract import CACHED_ATTENTION, DOMAIN, EXPERTS, PLUGIN
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
-    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, (?:EventId: -?\d+, )?Metadata: ?(?P<metadata>.*)$"
+    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+, (?:EventId: -?\d+, )?"
+    r"Metadata: ?(?P<metadata>.*)$"
 )
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
