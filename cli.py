@@ -100,12 +100,27 @@ def main(debug: bool) -> None:
 @click.option("--copy", is_flag=True, help="Copy the shards where hard links are impossible.")
 @click.option("--check-values", is_flag=True, help="Read all weights and refuse NaN and infinity.")
 @click.option("--text-only", is_flag=True, help="Leave a vision tower out, and list its tensors as waived.")
+@click.option("--weights", type=_DTYPE, help="Write the weights anew, in this type.  [default: link them]")
+@click.option("--experts", type=click.Choice(["fused", "linear"]), help="Write them anew, experts in this layout.")
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-def export(ckpt: Path, out: Path, dtype: str, copy: bool, check_values: bool, text_only: bool, as_json: bool) -> None:
-    """Export the checkpoint CKPT to the new model directory OUT."""
-    from shuntyard.exporter.export import export as run
+def export(ckpt: Path, out: Path, weights: str | None, experts: str | None, as_json: bool, **asked: Any) -> None:
+    """Export the checkpoint CKPT to the new model directory OUT.
 
-    result = run(ckpt, out, dtype=dtype, copy=copy, check_values=check_values, text_only=text_only, report=_say)
+    Weights are linked, not copied, unless --weights or --experts asks for others. Such a run can be interrupted: the
+    same command goes on with what is there.
+    """
+    from shuntyard.exporter.export import export as run
+    from shuntyard.exporter.relayout import Relayout
+
+    relayout = Relayout(weights, experts)
+    if relayout and asked["copy"]:
+        raise click.UsageError("--copy has no meaning where the weights are written anew")
+    with _progress() as update:
+
+        def progress(_tensor: str, done: int, total: int) -> None:
+            update("writing weights", done, total)
+
+        result = run(ckpt, out, **asked, relayout=relayout, report=_say, progress=progress)
     if as_json:
         _emit(result.as_dict())
     else:

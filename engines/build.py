@@ -27,6 +27,7 @@ from shuntyard.engines.onnxruntime_runner import open_session
 from shuntyard.errors import CheckpointError, EngineError, UnsupportedError
 from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, open_checkpoint
 from shuntyard.exporter.config import HINT_CONFIG, Llama4Config
+from shuntyard.exporter.config_file import token_id
 from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, check_graph, read_manifest
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.output import link_or_copy, output_directory
@@ -110,14 +111,15 @@ def open_model(path: Path) -> Opened:
 
 
 def eos_token_ids(path: Path) -> list[int]:
-    """End-of-sequence ids, from ``generation_config.json`` or else ``config.json``.
+    """End-of-sequence ids, from ``generation_config.json`` or else ``config.json``, at its top or in ``text_config``.
 
     Raises:
         CheckpointError: a file cannot be read, or what it says is no token id and no list of them.
     """
     for name in ("generation_config.json", "config.json"):
         file = path / name
-        ids = read_json(file).get("eos_token_id") if file.is_file() else None
+        raw = read_json(file) if file.is_file() else {}
+        ids = token_id(raw, "eos_token_id")
         if ids is None:
             continue
         found = ids if isinstance(ids, list) else [ids]

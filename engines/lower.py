@@ -8,12 +8,13 @@ quantised weights reach it as they are stored.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from shuntyard.errors import EngineError
+from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.graph import WIDENED, retarget
 from shuntyard.exporter.storage import op_of
 from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, PLUGINS
@@ -131,6 +132,11 @@ def _hoist_dequantize(model: ir.Model) -> None:
 def _dequantized(graph: ir.Graph, before: ir.Node, weight: ir.Value, scale: ir.Value, group_size: int) -> ir.Value:
     """``weight * scale`` in fp32, by nodes that stand before the call."""
     name = f"{weight.name}_dequantized"
+    if group_size and scale.shape is not None and scale.shape.is_static() and math.prod(scale.shape.numpy()) == 1:
+        raise UnsupportedError(
+            f"tensor '{scale.name}' is one number for a whole INT4 weight, which TensorRT takes for another form",
+            hint="quantise this weight in smaller groups, or not at all",
+        )
     wide = ir.node("Cast", [scale], {"to": ir.DataType.FLOAT}, name=f"{name}.scale")
     wide.outputs[0].name = f"{name}.scale"
     nodes, attributes = [wide], {"axis": 1, "block_size": group_size} if group_size else {"axis": 0}

@@ -95,6 +95,13 @@ def _check_tied(raw: dict[str, Any], text: dict[str, Any], path: Path) -> None:
         )
 
 
+def token_id(raw: dict[str, Any], key: str) -> Any:
+    """A token's id (or ids) in a ``config.json``: at the top, or else in ``text_config``; None if in neither."""
+    inner = raw.get(NESTED_IN)
+    found = raw.get(key)
+    return inner.get(key) if found is None and isinstance(inner, dict) else found
+
+
 def load_config_file(path: Path) -> ConfigFile:
     """Reads and checks a ``config.json``; see :func:`parse_config_file` for what it raises."""
     return parse_config_file(read_json(path), path)

@@ -22,6 +22,7 @@ import shuntyard
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.checkpoint import INDEX_NAME, SIDE_FILES, Checkpoint, open_checkpoint
 from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
+from shuntyard.exporter.model import RotaryTable
 from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
 from shuntyard.exporter.quantization import HF_QUANT_CONFIG
 from shuntyard.exporter.relayout import AS_STORED, Relayout, new_config, targets
@@ -102,8 +103,9 @@ def export(
             f"{checkpoint_path}: has a vision tower ({len(checkpoint.vision)} tensors, '{first}' first)",
             hint="--text-only exports the text model alone and lists what it leaves out; the tower cannot be exported",
         )
-    weights = match_weights(checkpoint)
+    weights = match_weights(checkpoint, alike=relayout.weights is None)
     relayout.check(weights)
+    RotaryTable(checkpoint.config)  # refuses now what tracing would, after the weights are written
     waived = [checkpoint.tensors[name].name for name in weights.waived] + [entry.name for entry in checkpoint.vision]
     for line in checkpoint.config.doubts():
         report(line)
@@ -120,7 +122,7 @@ def export(
             (work.directory / "config.json").write_text(config, encoding="utf-8")
             _copy_side_files(checkpoint, work.directory, leave=("config.json", HF_QUANT_CONFIG, INDEX_NAME))
             rewritten = open_checkpoint(work.directory)
-            facts |= {"rewritten_from": checkpoint.fingerprint, "values_checked": True}
+            facts["rewritten_from"] = checkpoint.fingerprint
             _write_graph(rewritten, match_weights(rewritten), work.directory, facts, report)
             written = sum(p.stat().st_size for p in work.directory.iterdir())
         return ExportResult(out, weights.tensors, waived, 0, written)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -32,9 +32,16 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_partial_of(target: Path, name: str) -> bool:
+    """Whether a run for ``target`` may have left a partial directory of this name, and no run for another target."""
+    return re.fullmatch(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]+", name) is not None
+
+
 def _remove_abandoned(target: Path) -> None:
     """Removes what a killed run left beside ``target``: a partial directory whose lock nobody holds."""
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+    for partial in target.parent.iterdir():
+        if not is_partial_of(target, partial.name):
+            continue
         # Busy: somebody is at work there. No locks here: nobody can tell, so it stays.
         with contextlib.suppress(OSError), _locked(partial):
             shutil.rmtree(partial)

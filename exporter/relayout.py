@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shuntyard.errors import UnsupportedError
-from shuntyard.exporter.config_file import NESTED_IN
+from shuntyard.exporter.config_file import NESTED_IN, token_id
 from shuntyard.exporter.rewrite import Piece, Target
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.weights import EXPERT_PARTS, Experts, Stored, Weights
@@ -137,6 +137,5 @@ def new_config(checkpoint: Path, asked: Relayout) -> str:
     if asked.weights is not None:
         text["dtype"] = _CONFIG_DTYPES[asked.weights]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if key in raw:
-            text.setdefault(key, raw[key])
+        text[key] = token_id(raw, key)
     return json.dumps(text, indent=2) + "\n"

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -25,9 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shuntyard.errors import CheckpointError, OutputError, UnsupportedError
-from shuntyard.exporter.output import refuse_existing
+from shuntyard.exporter.output import is_partial_of, refuse_existing
 
 _PATIENCE = 2.0  # seconds to wait for somebody who may just be removing the directory
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""What a journal may list: nothing else is removed on its word."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -146,7 +150,7 @@ def _is_at(descriptor: int, directory: Path) -> bool:
 def _remove_abandoned(target: Path, own: Path) -> None:
     """Removes what other runs for ``target`` left: partial directories whose lock nobody holds."""
     for partial in target.parent.iterdir():
-        if partial == own or not partial.name.startswith(f".{target.name}.partial-"):
+        if partial == own or not is_partial_of(target, partial.name):
             continue
         with contextlib.suppress(OSError):  # busy, or no locks here: it stays
             descriptor = _lock(partial)
@@ -221,7 +225,7 @@ def journal_files(path: Path) -> list[str]:
         files = json.loads(lines[0])["files"] if lines else []
     except (ValueError, KeyError, TypeError):
         return []
-    return [name for name in files if isinstance(name, str)]
+    return [name for name in files if isinstance(name, str) and _SHARD.fullmatch(name)]
 
 
 @dataclass

@@ -300,6 +300,11 @@ class _Tile:
             r, c = (int(i) for i in np.argwhere(~finite)[0])
             flat = layout.first + (row + r) * layout.columns + column + c
             raise _refusal(piece.scale, np.unravel_index(flat, piece.scale.shape), float(scales[r, c]), None)
+        if (scales < 0).any():
+            raise CheckpointError(
+                f"{piece.scale.file}: tensor '{piece.scale.name}' holds {float(scales.min())}: a scale is not negative",
+                hint="the checkpoint is damaged; download the file again",
+            )
         if piece.group:
             scales = np.take(scales, np.arange(self.column, self.column + self.columns) // piece.group - column, axis=1)
         return scales

@@ -36,8 +36,9 @@ def check_finite(weights: Weights, largest: float | None = None) -> None:
             first = int((scale < 0).argmax())
             _refuse(stored.scale, first, float(scale.reshape(-1)[first]), "is negative: a scale is not")
         if stored.form == "group":
-            # The values of INT4 are -8 .. 7, whatever the bytes are.
-            _check(stored.scale, 0, scale.reshape(-1) * 8, largest)
+            # The values of INT4 are -8 .. 7: their bytes matter only where 8 scales would be too large.
+            if largest is not None and (scale * 8 > largest).any():
+                _check_int4(stored, scale, largest)
             continue
         columns = math.prod(stored.entry.shape[1:]) if stored.form == "channel" else 1
         for start, piece in _pieces(stored.entry, columns):
@@ -45,6 +46,22 @@ def check_finite(weights: Weights, largest: float | None = None) -> None:
             if stored.form == "channel":
                 factor = factor[start // columns : (start + len(piece)) // columns]
             _check(stored.entry, start, (piece.reshape(-1, columns) * factor).reshape(-1), largest)
+
+
+def _check_int4(stored: Stored, scale: NDArray[np.float32], largest: float) -> None:
+    """Whether a product of a nibble and its scale is beyond ``largest``; row by row."""
+    entry = stored.entry
+    packed = np.memmap(entry.file, np.int32, "r", entry.offset, entry.shape)
+    for row, (words, scales) in enumerate(zip(packed, scale, strict=True)):
+        numbers = ((words[:, None] >> np.arange(0, 32, 4, dtype=np.int32)) & 15).reshape(-1) - 8
+        products = numbers * np.repeat(scales, stored.group_size)
+        if (too_large := np.abs(products) > largest).any():
+            column = int(too_large.argmax())
+            raise CheckpointError(
+                f"{entry.file}: tensor '{entry.name}' stands for {products[column]:g} at [{row}, {column}], which is "
+                f"beyond {largest:g}, the type's largest value",
+                hint="build with another --dtype",
+            )
 
 
 def _pieces(entry: TensorEntry, multiple: int = 1) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -117,18 +117,21 @@ class Weights:
         return sum(stored.elements for _, stored in self.stored())
 
 
-def match_weights(checkpoint: Checkpoint) -> Weights:
+def match_weights(checkpoint: Checkpoint, *, alike: bool = True) -> Weights:
     """Finds every parameter's tensors, and uses or waives every tensor.
+
+    The experts of a layer must be stored ``alike``, unless they are going to be written anew in one type.
 
     Raises:
         CheckpointError: a parameter has no tensor or one of another shape, or the tensors contradict the configuration.
         UnsupportedError: a tensor that the model does not know, or of a type or form that it cannot take.
     """
-    return _Matcher(checkpoint).match()
+    return _Matcher(checkpoint, alike).match()
 
 
 class _Matcher:
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, alike: bool) -> None:
+        self.alike = alike
         self.checkpoint, self.tensors = checkpoint, checkpoint.tensors
         self.used: set[str] = set()
         self.missing: list[str] = []
@@ -356,10 +359,10 @@ class _Matcher:
         found = [part for part in parts if part is not None]
         first = found[0]
         for part in found:
-            if _kind(part) != _kind(first):
+            if _kind(part) != _kind(first) and (self.alike or {part.form, first.form} != {"none"}):
                 raise UnsupportedError(
                     f"{part.entry.file}: '{part.entry.name}' is stored in another way than '{first.entry.name}'",
-                    hint="the experts of a layer must all be stored alike",
+                    hint="the experts of a layer must all be stored alike; --weights bf16 writes plain ones so",
                 )
         return Experts(ExpertsForm(experts, layout, first.form, first.group_size).check(), tuple(found))
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from shuntyard.errors import CheckpointError
 
 IMAGES = ("vision_model.", "multi_modal_projector.")
-NOT_WEIGHTS = (".input_scale", ".k_scale", ".v_scale", "_proj_input_scale", ".weight_shape", ".rotary_emb.inv_freq")
+NOT_WEIGHTS = (
+    ".input_scale",
+    ".k_scale",
+    ".v_scale",
+    "_proj_input_scale",
+    ".weight_shape",
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.freqs",
+)
 
 
 def text_config(checkpoint: Path) -> dict[str, Any]:
@@ -52,8 +60,26 @@ def dequantised_state(checkpoint: Path) -> dict[str, Tensor]:
     return _fused(state)
 
 
+def is_taken_apart(checkpoint: Path) -> bool:
+    """Whether experts are stored one by one, which transformers does not read unless they are quantised."""
+    return any(".experts.0." in name for file in _files(checkpoint) for name in _names(file))
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """The shards that the index names, or the only one; what else lies in the directory is no part of it."""
+    index = checkpoint / "model.safetensors.index.json"
+    if not index.exists():
+        return [checkpoint / "model.safetensors"]
+    return [checkpoint / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stream:
+        return list(stream.keys())
+
+
 def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(checkpoint.glob("*.safetensors")):
+    for file in _files(checkpoint):
         with safe_open(file, framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118  it is no dict
                 if not name.startswith(IMAGES):

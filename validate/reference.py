@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.config_file import load_config_file
 from shuntyard.exporter.quantization import read_quantization
-from shuntyard.validate.dequantise import IMAGES, dequantised_state, text_config
+from shuntyard.validate.dequantise import IMAGES, dequantised_state, is_taken_apart, text_config
 
 LARGEST_FREQUENCY_ERROR = 2e-6
 """transformers' frequencies are float32: so much may they be off, relatively, and no more."""
@@ -55,7 +55,7 @@ class Reference:
             # What would change the form of the answer, and nothing that is computed.
             own.return_dict, own.output_attentions, own.output_hidden_states = True, False, False
             own._attn_implementation = "eager"
-            if read_quantization(checkpoint, file.quantization) is not None:
+            if read_quantization(checkpoint, file.quantization) is not None or is_taken_apart(checkpoint):
                 model: Any = _of_state(Llama4ForCausalLM, own, dequantised_state(checkpoint))
             else:
                 model = _from_files(Llama4ForCausalLM, own, checkpoint)
@@ -63,7 +63,7 @@ class Reference:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{checkpoint}: transformers cannot load it: {error}",
+                f"{checkpoint}: transformers cannot load it: {' '.join(str(error).split())}",
                 hint="the reference reads what transformers reads",
             ) from error
         rotary = model.model.rotary_emb

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shuntyard.engines.engine import Engine, open_engine
@@ -24,6 +25,7 @@ from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
 from shuntyard.exporter.values import check_finite
 from shuntyard.exporter.weights import match_weights
 from shuntyard.validate import metrics
+from shuntyard.validate.dequantise import dequantised_state
 from shuntyard.validate.reference import Reference
 from shuntyard.validate.report import Check, Report
 from shuntyard.validate.tolerances import TOLERANCES, Tolerance
@@ -139,7 +141,7 @@ def _check_files(report: Report, engine: Engine, checkpoint: Checkpoint, plan: P
     """The reference must read what the engine was built from, or the comparison is of two models."""
     manifest = engine.manifest
     if manifest.rewritten_from is not None and manifest.rewritten_from == checkpoint.fingerprint:
-        report.notes.append("the engine's weights were rewritten from this checkpoint; their files are not compared")
+        _check_rewritten(report, engine, checkpoint)
         return
     shards = {header.file.name: sha256_of(header.file) for header in checkpoint.headers}
     same = manifest.checkpoint_fingerprint == checkpoint.fingerprint and manifest.checkpoint_sha256 == shards
@@ -150,6 +152,34 @@ def _check_files(report: Report, engine: Engine, checkpoint: Checkpoint, plan: P
         report.notes.append(detail)
     else:
         report.checks.append(Check("files: the same", "no", "yes", False, detail))
+
+
+def _check_rewritten(report: Report, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Holds an engine's own weights, written anew in another type or layout, to the reference's, value by value."""
+    if not any(name.endswith(".safetensors") for name in engine.manifest.files):
+        report.notes.append(
+            "the engine's weights were rewritten from a checkpoint of the same names, types and shapes; whether from "
+            "these values cannot be seen, for the plan has them in a form of its own"
+        )
+        return
+    theirs, ours = dequantised_state(checkpoint.path), dequantised_state(engine.path)
+    types = {stored.entry.dtype for _, stored in match_weights(open_checkpoint(engine.path)).stored()}
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
+    narrowed = narrow.get(types.pop()) if len(types) == 1 else None
+    exact = True
+    for name, value in theirs.items():
+        rounded = value if narrowed is None else value.to(narrowed).float()
+        exact = exact and torch.equal(rounded, value)
+        if name not in ours or not torch.equal(ours[name], rounded):
+            detail = f"'{name}' of the engine is not what a rewrite of the reference's gives"
+            report.checks.append(Check("files: the same values", "no", "yes", False, detail))
+            return
+    report.checks.append(Check("files: the same values", "yes", "yes", True, "rewritten from the reference"))
+    if not exact:
+        report.notes.append(
+            "the rewrite rounded the weights, and the reference has them as they were: hold the engine to the model "
+            "directory to judge the engine alone"
+        )
 
 
 def _note_what_is_not_exercised(report: Report, engine: Engine, checkpoint: Checkpoint, length: int) -> None:

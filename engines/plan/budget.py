@@ -13,6 +13,7 @@ from shuntyard.engines.plan.gpus import GIB, Gpu, find_gpu
 from shuntyard.errors import UnsupportedError
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.config import Llama4Config
+from shuntyard.exporter.weights import match_weights
 
 KV_ITEM = {"bf16": 2, "fp8": 1}
 """Bytes of a value in the KV cache."""
@@ -131,6 +132,7 @@ def read_model(path: Path) -> Model:
         UnsupportedError: a configuration or a tensor that shuntyard does not understand.
     """
     checkpoint = open_checkpoint(path)
+    match_weights(checkpoint)  # refuses what export would
     tensors = ((entry.name, entry.dtype, entry.nbytes) for header in checkpoint.headers for entry in header.tensors)
     return Model(path, checkpoint.config, footprint.stored_bytes(checkpoint.config, tensors))
 

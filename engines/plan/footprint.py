@@ -118,9 +118,9 @@ _BY_NAME: tuple[tuple[str, Component], ...] = (
     ("layernorm.weight", "norms"),
 )
 _OUTER: dict[str, Component] = {
-    "model.embed_tokens.weight": "embeddings",
-    "model.norm.weight": "norms",
-    "lm_head.weight": "lm_head",
+    "model.embed_tokens.": "embeddings",
+    "model.norm.": "norms",
+    "lm_head.": "lm_head",
 }
 _VISION = ("vision_model.", "multi_modal_projector.")
 _WAIVED = (".inv_freq", ".freqs", ".input_scale", "_input_scale", ".k_scale", ".v_scale")  # see exporter/weights.py
@@ -164,8 +164,9 @@ def stored_bytes(config: Llama4Config, tensors: Iterable[tuple[str, str, int]]) 
 
 
 def _component(name: str) -> Component:
-    if name in _OUTER:
-        return _OUTER[name]
+    for module, component in _OUTER.items():
+        if name.startswith(module):
+            return component
     if name.startswith("model.layers."):
         for part, component in _BY_NAME:
             if part in name:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shuntyard.engines.build import Request, build
+from shuntyard.engines.build import Request, build, eos_token_ids
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter import export as export_module
 from shuntyard.exporter.checkpoint import open_checkpoint
@@ -120,6 +120,33 @@ def test_the_new_directory_stands_alone_and_validates(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(again), logits(tmp_path / "model"))
 
 
+def test_other_values_of_the_same_shapes_are_told_apart(tmp_path: Path) -> None:
+    """Fingerprints are of headers: a rewritten engine's values are compared themselves."""
+    made = handmade(RAW, random_weights(parsed(RAW), dtype=torch.bfloat16), lambda module: PLAIN)
+    checkpoint = made.write(tmp_path / "checkpoint")
+    made.tensors["lm_head.weight"] = made.tensors["lm_head.weight"] * 1.01
+    other = made.write(tmp_path / "other")
+    for path in (checkpoint, other):
+        write_tokenizer(path, 64)
+    export(checkpoint, tmp_path / "model", relayout=Relayout("bf16", "linear"))
+    build(tmp_path / "model", tmp_path / "engine", Request(max_context=40))
+    plan = Plan(windows=2, length=20)
+    assert validate(tmp_path / "engine", checkpoint, random_text(300, 64), plan).passed
+    report = validate(tmp_path / "engine", other, random_text(300, 64), plan)
+    (failed,) = [check for check in report.checks if check.name.startswith("files")]
+    assert not failed.ok and "'lm_head.weight' of the engine is not what a rewrite" in failed.detail
+
+
+def test_end_tokens_of_a_nested_configuration_stay(tmp_path: Path) -> None:
+    text = {**RAW, "eos_token_id": [5, 6]}
+    nested = {"model_type": "llama4", "text_config": text, "eos_token_id": None}
+    made = handmade(nested, random_weights(parsed(RAW), dtype=torch.bfloat16), lambda module: PLAIN)
+    checkpoint = made.write(tmp_path / "checkpoint")
+    for asked in (Relayout(), Relayout("fp32")):
+        export(checkpoint, tmp_path / f"{asked.weights}", relayout=asked)
+        assert eos_token_ids(tmp_path / f"{asked.weights}") == [5, 6]
+
+
 def test_refusals(tmp_path: Path) -> None:
     quantised = checkpoint_of(tmp_path, CHANNEL, "linear")
     with pytest.raises(
@@ -134,4 +161,12 @@ def test_refusals(tmp_path: Path) -> None:
     large = write_checkpoint(tmp_path / "large", RAW, weights)
     with pytest.raises(CheckpointError, match=r"model.norm.weight"):
         export(large, tmp_path / "model", relayout=Relayout("fp16"))
+    unchunked = {**RAW, "attention_chunk_size": None, "max_position_embeddings": 2**24}
+    endless = write_checkpoint(tmp_path / "endless", unchunked)
+    with pytest.raises(UnsupportedError, match="rotary positions must stay below"):
+        export(endless, tmp_path / "model", relayout=Relayout("fp16"), progress=no_byte)
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".*"))
+
+
+def no_byte(*_: object) -> None:
+    raise AssertionError("nothing is to be written before a refusal that is known")

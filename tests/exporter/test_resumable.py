@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from shuntyard.exporter.output import output_directory
 from shuntyard.exporter.resumable import Journal, Workspace, resumable_directory
 
 KEY, OTHER = "a" * 64, "b" * 64
+SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +28,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def work_a_little(work: Workspace) -> None:
     """One file, one entry, and something that is no part of it."""
-    journal = Journal(work.journal, KEY, ["shard"])
+    journal = Journal(work.journal, KEY, [SHARD])
     journal.read()
     journal.open()
-    (work.directory / "shard").write_bytes(b"half")
+    (work.directory / SHARD).write_bytes(b"half")
     (work.directory / "model.onnx").write_bytes(b"made anew each time")
     (work.directory / "folder").mkdir()
     journal.mark_done(0, 3)
@@ -57,7 +59,7 @@ def test_appears_whole_and_alone(tmp_path: Path) -> None:
     with resumable_directory(target, KEY) as work:
         work_a_little(work)
         assert not target.exists()
-    assert sorted(p.name for p in target.iterdir()) == ["folder", "model.onnx", "shard"]
+    assert sorted(p.name for p in target.iterdir()) == sorted(["folder", "model.onnx", SHARD])
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -66,8 +68,8 @@ def test_stays_to_be_continued(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "out"
     interrupt(target, error)
     with resumable_directory(target, KEY) as work:
-        assert [(p.name, p.read_bytes()) for p in work.directory.iterdir()] == [("shard", b"half")]
-        journal = Journal(work.journal, KEY, ["shard"])
+        assert [(p.name, p.read_bytes()) for p in work.directory.iterdir()] == [(SHARD, b"half")]
+        journal = Journal(work.journal, KEY, [SHARD])
         journal.read()
         assert journal.done == {(0, 3)}
     assert list(tmp_path.iterdir()) == [target]
@@ -79,7 +81,7 @@ def test_a_checkpoint_at_fault_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_done_leaves_nothing(tmp_path: Path) -> None:
-    interrupt(tmp_path / "out", KeyboardInterrupt(), body=lambda work: Journal(work.journal, KEY, ["shard"]).open())
+    interrupt(tmp_path / "out", KeyboardInterrupt(), body=lambda work: Journal(work.journal, KEY, [SHARD]).open())
     assert not list(tmp_path.iterdir())
 
 
@@ -109,7 +111,7 @@ def test_nobody_removes_what_is_worked_in(tmp_path: Path) -> None:
             raise RuntimeError
         with pytest.raises(RuntimeError), resumable_directory(target, OTHER):
             raise RuntimeError
-    assert (target / "shard").read_bytes() == b"half"
+    assert (target / SHARD).read_bytes() == b"half"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -193,7 +195,7 @@ def test_without_locks_nothing_is_continued(tmp_path: Path, monkeypatch: pytest.
 
         interrupt(target, KeyboardInterrupt(), body=second)
         assert seen != [work.directory]
-    assert (target / "shard").read_bytes() == b"half"
+    assert (target / SHARD).read_bytes() == b"half"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -253,6 +255,12 @@ class TestJournal:
         path.write_bytes(path.read_bytes() + text)
         journal = self.read(path)
         assert (journal.done, journal.synced) == (set(), set())
+
+    def test_lists_nothing_but_shards(self, tmp_path: Path) -> None:
+        """Files are removed on its word."""
+        names = [SHARD, "model.onnx", "../precious", f"../{SHARD}", 7]
+        (tmp_path / "journal").write_text(json.dumps({"format": 1, "key": KEY, "files": names}) + "\n")
+        assert resumable.journal_files(tmp_path / "journal") == [SHARD]
 
     def test_no_journal_at_all(self, tmp_path: Path) -> None:
         (tmp_path / "empty").touch()

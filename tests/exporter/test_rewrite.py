@@ -379,6 +379,12 @@ class TestRefusedValues(Refused):
         with pytest.raises(CheckpointError, match=r"tensor 's' at \[2\] holds inf, which is not finite"):
             run([Target("new", "F32", (4, 6), ((Piece(entries["q"], scale=entries["s"]),),))], tmp_path / "out")
 
+    def test_negative_scales(self, tmp_path: Path) -> None:
+        fp8, scales = np.ones((4, 6), ml_dtypes.float8_e4m3fn), np.array([1, 1, -0.5, 1], np.float32)
+        entries = write_source(tmp_path / "a.safetensors", {"q": ("F8_E4M3", fp8), "s": ("F32", scales)})
+        with pytest.raises(CheckpointError, match=r"tensor 's' holds -0.5: a scale is not negative"):
+            run([Target("new", "F32", (4, 6), ((Piece(entries["q"], scale=entries["s"]),),))], tmp_path / "out")
+
     def test_int4(self, tmp_path: Path) -> None:
         packed, scales = np.zeros((2, 3, 2), np.int32), np.ones((2, 3, 2), np.float32)
         scales[1, 2, 1] = 3e38  # times -8

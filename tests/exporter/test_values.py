@@ -16,11 +16,11 @@ from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.export import export
 from shuntyard.exporter.values import check_finite, has_equal_rows
 from shuntyard.exporter.weights import cut_large, match_weights
-from tests.exporter.handmade import Handmade
+from tests.exporter.handmade import Handmade, packed
 from tests.exporter.spoiling import EXPERT, EXPERTS, FORMS, INT4, Q, Spoil, added, change, match, refusal, sound
 
 FP16 = 65504.0
-W, S = f"{Q}.weight", f"{Q}.weight_scale"
+W, S, P = f"{Q}.weight", f"{Q}.weight_scale", f"{Q}.weight_packed"
 DOWN = f"{EXPERTS}.down_proj"
 
 
@@ -122,7 +122,7 @@ TOO_LARGE: dict[str, tuple[str, Spoil, str]] = {
     "tensor": ("tensor", added(S, torch.tensor([200.0])), f"'{W}' at "),
     "channel": ("channel", change(S, one_value(4096.0, 9, 0)), f"'{W}' at [9, "),
     "fused": ("modelopt", added(f"{DOWN}_weight_scale", torch.tensor(200.0).bfloat16()), f"'{DOWN}' at ["),
-    "INT4": ("group", change(S, one_value(8192.0, 9, 1)), f"'{S}' at [9, 1] holds"),
+    "INT4": ("group", change(S, one_value(20000.0, 9, 1)), f"'{Q}.weight_packed' stands for "),
     "plain": ("plain", change(W, one_value(65536.0, 9, 1)), f"'{W}' at [9, 1] holds 65536.0"),
 }  # fmt: skip
 
@@ -139,12 +139,20 @@ def test_values_beyond_the_compute_type(case: str, tmp_path: Path) -> None:
     assert message in error.message and "which is beyond 65504" in error.message
 
 
-def test_int4_that_just_fits(tmp_path: Path) -> None:
-    """8188 * -8 = -65504 is fp16's largest."""
+def test_int4_is_judged_by_the_numbers_that_it_holds(tmp_path: Path) -> None:
+    """With a scale of 8192, 7 is within fp16 and -8 beyond it."""
     made = sound(INT4)
-    made.tensors[S] = torch.full((64, 2), 1.0)
-    made.tensors[S][3, 1] = FP16 / 8
-    check_finite(match(made, tmp_path), largest=FP16)
+    numbers = torch.zeros(64, 32, dtype=torch.int32)
+    numbers[9, 16:] = 7
+    numbers[9, :16] = -8  # of another group, whose scale is 1
+    scale = torch.ones(64, 2)
+    scale[9, 1] = 8192
+    made.tensors |= {S: scale, P: packed(numbers)}
+    check_finite(match(made, tmp_path / "sevens"), largest=FP16)
+    numbers[9, 21] = -8
+    made.tensors[P] = packed(numbers)
+    error = values(made, tmp_path / "one -8", largest=FP16)
+    assert f"'{P}' stands for -65536 at [9, 21], which is beyond 65504" in error.message and "--dtype" in error.hint
 
 
 EQUAL_ROWS = {"plain": ("weight", ""), "tensor": ("weight", ""), "channel": ("weight", "weight_scale"),

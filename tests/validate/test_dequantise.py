@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shuntyard.errors import CheckpointError
 from shuntyard.validate.dequantise import dequantised_state
@@ -45,3 +46,19 @@ def test_a_number_without_its_scale_is_no_weight(tmp_path: Path) -> None:
     del made.tensors["model.layers.0.self_attn.q_proj.weight_scale"]
     with pytest.raises(CheckpointError, match=r"q_proj.weight' is torch.float8_e4m3fn without a scale"):
         dequantised_state(made.write(tmp_path / "checkpoint"))
+
+
+def test_files_outside_the_index_are_no_part_of_the_checkpoint(tmp_path: Path) -> None:
+    weights = random_weights(parsed(RAW), dtype=torch.bfloat16)
+    made = declare_compressed_tensors(handmade(RAW, weights, lambda m: PLAIN if "router" in m else CHANNEL))
+    checkpoint = made.write(tmp_path / "checkpoint")
+    save_file({"lm_head.weight": torch.zeros(64, 32)}, checkpoint / "old.safetensors")
+    assert torch.equal(dequantised_state(checkpoint)["lm_head.weight"], made.values["lm_head.weight"].float())
+
+
+def test_plain_experts_one_by_one_are_read_too(tmp_path: Path) -> None:
+    weights = random_weights(parsed(RAW), dtype=torch.bfloat16)
+    made = handmade(RAW, weights, lambda module: PLAIN)
+    state = Reference(made.write(tmp_path / "checkpoint"))._model.state_dict()
+    for name, value in made.values.items():
+        assert torch.equal(state[name], value.float()), name
