@@ -27,7 +27,7 @@ demo: $(VENV)/ready
 	$(IN)/shuntyard demo $(OUT)
 
 test: $(VENV)/ready
-	$(IN)/python -m pytest
+	$(IN)/python -m pytest -n 2 --dist loadfile
 
 # mypy and import-linter read files, not import hooks: for them the package is put together out of links.
 TREE := build/lint/shuntyard
@@ -45,6 +45,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(IN)/python bench/moe_layer.py
 	$(IN)/python bench/model.py
+	$(IN)/python bench/rewrite.py
 
 clean:
 	rm -rf build $(VENV) $(OUT)

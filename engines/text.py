@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from shuntyard.errors import CheckpointError
+from shuntyard.exporter.config_file import token_id
 from shuntyard.exporter.strict_json import read_json
 
 
@@ -33,7 +34,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path}: cannot be read: {error}", hint="download it again") from error
-        bos = read_json(directory / "config.json").get("bos_token_id")
+        bos = token_id(read_json(directory / "config.json"), "bos_token_id")
         if bos is not None and (
             isinstance(bos, bool) or not isinstance(bos, int) or not 0 <= bos < inner.get_vocab_size()
         ):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shuntyard.engines.build import Request, build, eos_token_ids
+from shuntyard.engines.text import Tokenizer
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter import export as export_module
 from shuntyard.exporter.checkpoint import open_checkpoint
@@ -137,14 +138,16 @@ def test_other_values_of_the_same_shapes_are_told_apart(tmp_path: Path) -> None:
     assert not failed.ok and "'lm_head.weight' of the engine is not what a rewrite" in failed.detail
 
 
-def test_end_tokens_of_a_nested_configuration_stay(tmp_path: Path) -> None:
-    text = {**RAW, "eos_token_id": [5, 6]}
+def test_text_tokens_of_a_nested_configuration_stay(tmp_path: Path) -> None:
+    text = {**RAW, "eos_token_id": [5, 6], "bos_token_id": 7}
     nested = {"model_type": "llama4", "text_config": text, "eos_token_id": None}
     made = handmade(nested, random_weights(parsed(RAW), dtype=torch.bfloat16), lambda module: PLAIN)
     checkpoint = made.write(tmp_path / "checkpoint")
+    write_tokenizer(checkpoint, 64)
     for asked in (Relayout(), Relayout("fp32")):
         export(checkpoint, tmp_path / f"{asked.weights}", relayout=asked)
         assert eos_token_ids(tmp_path / f"{asked.weights}") == [5, 6]
+        assert Tokenizer.from_directory(tmp_path / f"{asked.weights}").encode("w3 w4") == [7, 3, 4]
 
 
 def test_refusals(tmp_path: Path) -> None:
