@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -164,6 +165,8 @@ def ended_badly(outcome: Outcome, log: Path, limits: Limits) -> dict[str, Any] |
     """The verdict on an export that did not say that it went well."""
     if outcome.stopped == "memory":
         return {"verdict": "stopped", "evidence": f"passed {limits.memory_mib / 1024:.0f} GiB of memory"}
+    if outcome.status == -signal.SIGKILL and outcome.stopped is None:
+        return {"verdict": "stopped", "evidence": "killed from outside: the machine was out of memory"}
     if outcome.stopped == "time":
         return {"verdict": "stopped", "evidence": f"passed {limits.seconds / 60:.0f} minutes"}
     if outcome.status:

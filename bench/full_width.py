@@ -84,7 +84,7 @@ PLANS = {
     "scout": Plan(
         (2, 3),
         tuple(range(16)),
-        ("model.layers.2.feed_forward.experts.down_proj", "model.layers.3.feed_forward.experts.down_proj"),
+        ("model.layers.3.self_attn.k_proj.weight", "model.layers.3.self_attn.v_proj.weight"),
     ),
     # RoPE and dense, NoPE and routed; each expert an initializer of its own. All 128 are cast, 8 are no holes.
     "maverick": Plan(

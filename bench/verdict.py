@@ -153,16 +153,24 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def judge(checkpoint: Path, out: Path, kept: Path) -> dict[str, Any]:
-    """The verdict on an export that said it went well, with evidence."""
-    graphs = sorted(out.rglob("*.onnx"))
+def counted(checkpoint: Path, out: Path, graphs: list[Path]) -> dict[str, Any] | None:
+    """The verdict where parameters are missing; nothing where all seem to be there."""
     if not graphs:
         return {"verdict": "wrong", "evidence": "no ONNX file"}
     expected, found = checkpoint_parameters(checkpoint), graph_parameters(out, graphs, checkpoint)
-    facts: dict[str, Any] = {"parameters": found, "checkpoint_parameters": expected}
-    if found < WHOLE * expected:
-        evidence = f"holds {found:,} of {expected:,} parameters ({found / expected:.0%})"
-        return {"verdict": "wrong", "evidence": evidence, **facts}
+    if found >= WHOLE * expected:
+        return None
+    evidence = f"holds {found:,} of {expected:,} parameters ({found / expected:.0%})"
+    return {"verdict": "wrong", "evidence": evidence, "parameters": found, "checkpoint_parameters": expected}
+
+
+def judge(checkpoint: Path, out: Path, kept: Path) -> dict[str, Any]:
+    """The verdict on an export that said it went well, with evidence."""
+    graphs = sorted(out.rglob("*.onnx"))
+    lacking = counted(checkpoint, out, graphs)
+    if lacking:
+        return lacking
+    facts: dict[str, Any] = {"checkpoint_parameters": checkpoint_parameters(checkpoint)}
     tokens = prompt(checkpoint)
     try:
         ours = (out / "shuntyard.json").exists()
@@ -184,8 +192,14 @@ def judge(checkpoint: Path, out: Path, kept: Path) -> dict[str, Any]:
 def whole(checkpoint: Path, out: Path) -> dict[str, Any]:
     """The verdict where running is out of reach: the graph's weights are the checkpoint's own bytes, all of them.
 
-    An initializer may be a tensor or a part of one; under a tensor's own name it must lie in that tensor.
+    An initializer may be a tensor or a part of one; under a tensor's own name it must lie in that tensor. Of what others
+    wrote, only the parameters are counted.
     """
+    if not (out / "shuntyard.json").exists():
+        return counted(checkpoint, out, sorted(out.rglob("*.onnx"))) or {
+            "verdict": "not judged",
+            "evidence": "holds as many parameters as the checkpoint; too large to run here",
+        }
     model = onnx.load(out / "model.onnx", load_external_data=False)
     own = text_places(checkpoint)
     by_name = {name.removeprefix("language_model."): place for name, place in own.items()}
