@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shuntyard.exporter.config import parse_config
-from shuntyard.exporter.model import all_weights
+from shuntyard.exporter.parameters import all_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 256 * 2**20

@@ -42,7 +42,7 @@ def router_name(layer: int) -> str:
 
 
 def isolate(model: ir.Model, name: str) -> None:
-    """Leaves one call of an exported model and what it needs, in place; its hidden state becomes the input ``HIDDEN``."""
+    """Leaves one call of an exported model and what it needs, in place; its hidden state is the input ``HIDDEN``."""
     graph = model.graph
     call = next(node for node in graph if node.name == name)
     before = call.inputs[0]

@@ -166,7 +166,7 @@ def ended_badly(outcome: Outcome, log: Path, limits: Limits) -> dict[str, Any] |
     if outcome.stopped == "memory":
         return {"verdict": "stopped", "evidence": f"passed {limits.memory_mib / 1024:.0f} GiB of memory"}
     if outcome.status == -signal.SIGKILL and outcome.stopped is None:
-        return {"verdict": "stopped", "evidence": "killed from outside: the machine was out of memory"}
+        return {"verdict": "stopped", "evidence": f"killed from outside, at {outcome.peak_mib:,.0f} MiB"}
     if outcome.stopped == "time":
         return {"verdict": "stopped", "evidence": f"passed {limits.seconds / 60:.0f} minutes"}
     if outcome.status:

@@ -185,15 +185,15 @@ def judge(checkpoint: Path, out: Path, kept: Path) -> dict[str, Any]:
     facts |= {"max_abs_difference": difference, "run_seconds": seconds, "tokens": len(tokens)}
     # NaN compares false, and must not pass.
     verdict = "right" if difference <= TOLERANCE else "wrong"
-    evidence = f"logits differ by at most {difference:.1e} over {len(tokens)} tokens, run in {seconds:.1f} s"
+    evidence = f"logits differ by up to {difference:.1e} over {len(tokens)} tokens, run in {seconds:.1f} s"
     return {"verdict": verdict, "evidence": evidence, **facts}
 
 
 def whole(checkpoint: Path, out: Path) -> dict[str, Any]:
     """The verdict where running is out of reach: the graph's weights are the checkpoint's own bytes, all of them.
 
-    An initializer may be a tensor or a part of one; under a tensor's own name it must lie in that tensor. Of what others
-    wrote, only the parameters are counted.
+    An initializer may be a tensor or a part of one; under a tensor's own name it must lie in that tensor. What others
+    wrote is only counted.
     """
     if not (out / "shuntyard.json").exists():
         return counted(checkpoint, out, sorted(out.rglob("*.onnx"))) or {

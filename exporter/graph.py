@@ -29,7 +29,7 @@ import onnx_ir as ir
 from shuntyard.exporter import trace
 from shuntyard.exporter.checkpoint import TEXT_PREFIX
 from shuntyard.exporter.config import Llama4Config
-from shuntyard.exporter.model import kind_of, layer_weights
+from shuntyard.exporter.parameters import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
 from shuntyard.exporter.storage import Storage, apply_storage, functions_of, storage_of
 from shuntyard.exporter.weights import Experts, Stored, Weights, cut_large

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shuntyard.exporter import model
 from shuntyard.exporter.config import Llama4Config
-from shuntyard.exporter.model import LayerKind
+from shuntyard.exporter.parameters import LayerKind, layer_weights
 from shuntyard.plugins import contract
 from shuntyard.plugins.contract import (
     ATTRIBUTE_KINDS,
@@ -254,8 +254,8 @@ def _mark_private(graph: ir.Graph) -> None:
 
 
 def layer_function(config: Llama4Config, kind: LayerKind) -> ir.Function:
-    """The function of one kind of layer: hidden, places, past, then weights by ``model.layer_weights``."""
-    weights = model.layer_weights(config, kind)
+    """The function of one kind of layer: hidden, places, past, then weights by ``parameters.layer_weights``."""
+    weights = layer_weights(config, kind)
     groups, head_dim = config.num_key_value_heads, config.head_dim
     places: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {"slots": ((_B, _S), torch.int64)}
     if kind.rope:

@@ -24,7 +24,7 @@ from typing import Literal
 
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.checkpoint import TEXT_PREFIX, Checkpoint, is_derived
-from shuntyard.exporter.model import all_weights
+from shuntyard.exporter.parameters import all_weights
 from shuntyard.exporter.quantization import Scheme
 from shuntyard.exporter.safetensors_header import TensorEntry, read_values
 from shuntyard.plugins.contract import ExpertsForm

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shuntyard.exporter.config import Llama4Config, parse_config
-from shuntyard.exporter.model import all_weights
+from shuntyard.exporter.parameters import all_weights
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -168,11 +168,11 @@ def vision(own: Path) -> None:
 
 SPOILED: dict[Callable[[Path], None], tuple[str, ...]] = {
     dense_llama: ("config.json", "model_type 'llama' is not supported"),
-    vision: ("config.json", "model_type 'llama4' is not supported"),
+    vision: ("config.json", "config key 'attention_chunk_size' is not understood beside text_config"),
     missing: (f"tensor '{NORM}' is missing",),
     extra: ("model-00001-of-00003.safetensors", "'model.layers.0.self_attn.q_norm.weight' is not understood"),
     misshaped: (f"tensor '{EXPERTS}' has shape [4, 32, 24], config.json asks for [4, 24, 32]",),
-    wrong_dtype: (f"tensor '{NORM}' is F8_E4M3; weights must be one of BF16, F16, F32",),
+    wrong_dtype: (f"tensor '{NORM}' is F8_E4M3, but is no Linear and no expert: it must be plain",),
     integer_weights: (f"tensor '{EXPERTS}' is I32",),
     truncated: (SHARD, "lie outside the file's"),
     cut_in_the_header: (SHARD, "cannot hold the header that it announces"),

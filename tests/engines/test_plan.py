@@ -32,7 +32,7 @@ from shuntyard.engines.plan.footprint import (
 from shuntyard.engines.plan.gpus import GIB
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config
-from shuntyard.exporter.model import all_weights
+from shuntyard.exporter.parameters import all_weights
 from tests.checkpoints import parsed, raw_config
 from tests.sizes import MODELS
 from tests.sizes import raw_config as full_size
