@@ -116,6 +116,7 @@ def export(
     facts: dict[str, Any] = {"dtype": dtype, "waived": waived, "values_checked": check_values}
     if relayout:
         new = targets(weights, relayout)
+        report(f"writing {sum(t.nbytes for t in new):,} bytes anew; if interrupted, the same command goes on")
         with resumable_directory(out, request_key(new, checkpoint.fingerprint)) as work:
             rewrite(new, work, source_fingerprint=checkpoint.fingerprint, progress=progress)
             config = new_config(checkpoint.path, relayout)
