@@ -36,15 +36,13 @@ def for_tensorrt(model: ir.Model, dtype: str, *, context: int, chunk: int | None
     """
     retarget(model, dtype)
     fix_dimensions(model, {"context": context, **({} if chunk is None else {"chunk": chunk})})
-    plugin_names = {op.name for op in PLUGINS}
-    for key in [key for key, function in model.functions.items() if op_of(function.name) in plugin_names]:
+    without_body = {DEQUANTIZE.name, *(op.name for op in PLUGINS)}
+    for key in [key for key, function in model.functions.items() if op_of(function.name) in without_body]:
         del model.functions[key]
     for function in model.functions.values():
         for node in function:
             if node.domain == DOMAIN and op_of(node.op_type) == EXPERTS.name:
                 node.op_type = EXPERTS.name  # one plugin takes all forms
-    for key in [key for key, function in model.functions.items() if op_of(function.name) == DEQUANTIZE.name]:
-        del model.functions[key]
     narrow_weights(model)
     _hoist_dequantize(model)
     return [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT4]

@@ -31,7 +31,7 @@ from shuntyard.exporter.checkpoint import TEXT_PREFIX
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.parameters import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
-from shuntyard.exporter.storage import Storage, apply_storage, functions_of, storage_of
+from shuntyard.exporter.storage import Storage, apply_storage, functions_of, scale_name, storage_of
 from shuntyard.exporter.weights import Experts, Stored, Weights, cut_large
 from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION
 from shuntyard.plugins.functions import OPSET
@@ -96,7 +96,6 @@ class _Functions:
             function = ir.serde.deserialize_function(proto)
             apply_storage(function, storage)
             function.name = self._unique(name + storage.suffix)
-            function.opset_imports.update({"": OPSET, DOMAIN: DOMAIN_VERSION})
             self.made[name, storage] = function
         return self.made[name, storage]
 
@@ -161,7 +160,7 @@ class _Assembly:
         function = self.functions.get(part, storage, make)
         given: dict[str, TensorEntry] = {}
         for own, stored in linears.items():
-            given |= dict(zip((own, f"{own}_scale"), stored.entries(), strict=False))
+            given |= dict(zip((own, scale_name(own)), stored.entries(), strict=False))
         if experts is not None:
             form, prefix = experts.form, "feed_forward.experts"
             given |= {f"{prefix}.{n}": p.entry for n, p in zip(form.weight_names, experts.parts, strict=True)}

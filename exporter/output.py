@@ -16,9 +16,8 @@ from pathlib import Path
 from shuntyard.errors import OutputError
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds a lock on a directory, which ends with the process however it dies.
+def lock(directory: Path) -> int:
+    """A descriptor that holds a lock on the directory, until it is closed or the process ends, however it dies.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -27,6 +26,17 @@ def _locked(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on a directory; see :func:`lock` for what it raises."""
+    descriptor = lock(directory)
+    try:
         yield
     finally:
         os.close(descriptor)
@@ -37,10 +47,10 @@ def is_partial_of(target: Path, name: str) -> bool:
     return re.fullmatch(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]+", name) is not None
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Removes what a killed run left beside ``target``: a partial directory whose lock nobody holds."""
+def remove_abandoned(target: Path, own: Path | None = None) -> None:
+    """Removes what killed runs left beside ``target``: partial directories, but ``own``, whose lock nobody holds."""
     for partial in target.parent.iterdir():
-        if not is_partial_of(target, partial.name):
+        if partial == own or not is_partial_of(target, partial.name):
             continue
         # Busy: somebody is at work there. No locks here: nobody can tell, so it stays.
         with contextlib.suppress(OSError), _locked(partial):
@@ -85,8 +95,8 @@ def output_directory(target: Path) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
             for parent in reversed([p for p in target.parents if not p.exists()]):
                 parent.mkdir(exist_ok=True)
-                stack.callback(_remove_if_empty, parent)
-            _remove_abandoned(target)
+                stack.callback(remove_if_empty, parent)
+            remove_abandoned(target)
             partial = _make_partial(target, stack)
             yield partial
             if os.path.lexists(target):
@@ -96,7 +106,8 @@ def output_directory(target: Path) -> Iterator[Path]:
         raise _explain(error, target) from error
 
 
-def _remove_if_empty(directory: Path) -> None:
+def remove_if_empty(directory: Path) -> None:
+    """Removes a directory, if there is nothing in it."""
     with contextlib.suppress(OSError):
         directory.rmdir()
 

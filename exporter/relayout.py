@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def _experts(module: str, experts: Experts, asked: Relayout) -> Iterator[Target]
 
 def _turned(piece: Piece) -> Piece:
     """The matrix ``[in, out]`` of a stored ``[out, in]``."""
-    return Piece(piece.entry, piece.index, piece.columns, not piece.transpose, piece.scale, piece.group)
+    return replace(piece, transpose=not piece.transpose)
 
 
 def new_config(checkpoint: Path, asked: Relayout) -> str:

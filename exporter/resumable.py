@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shuntyard.errors import CheckpointError, OutputError, UnsupportedError
-from shuntyard.exporter.output import is_partial_of, refuse_existing
+from shuntyard.exporter.output import lock, refuse_existing, remove_abandoned, remove_if_empty
 
 _PATIENCE = 2.0  # seconds to wait for somebody who may just be removing the directory
 
@@ -62,9 +61,9 @@ def resumable_directory(target: Path, key: str) -> Iterator[Workspace]:
         with contextlib.ExitStack() as stack:
             for parent in reversed([p for p in target.parents if not p.exists()]):
                 parent.mkdir(exist_ok=True)
-                stack.callback(_remove_if_empty, parent)
+                stack.callback(remove_if_empty, parent)
             partial, continued = _enter(target, key, stack)
-            _remove_abandoned(target, partial)
+            remove_abandoned(target, partial)
             work = Workspace(target, partial / "output", partial / "journal")
             stack.push(_Leave(partial, work.journal, continued))
             _clear(work)
@@ -92,22 +91,6 @@ class _Leave:
         return False
 
 
-def _lock(directory: Path) -> int:
-    """A descriptor that holds a lock on the directory, until it is closed or the process ends.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        OSError: the file system has no such locks, or the directory is not there.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _enter(target: Path, key: str, stack: contextlib.ExitStack) -> tuple[Path, bool]:
     """Makes or finds the partial directory of ``key``, locked until ``stack`` closes; says if it can be continued."""
     partial = target.parent / f".{target.name}.partial-{key[:16]}"
@@ -115,7 +98,7 @@ def _enter(target: Path, key: str, stack: contextlib.ExitStack) -> tuple[Path, b
     while True:
         partial.mkdir(exist_ok=True)
         try:
-            descriptor = _lock(partial)
+            descriptor = lock(partial)
         except FileNotFoundError:
             continue  # another run took it for abandoned in the instant before the lock
         except BlockingIOError as error:
@@ -129,7 +112,7 @@ def _enter(target: Path, key: str, stack: contextlib.ExitStack) -> tuple[Path, b
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
                 raise
             # No locks here: two runs could meet in it. So each has its own, and none is continued.
-            _remove_if_empty(partial)
+            remove_if_empty(partial)
             partial = target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
             partial.mkdir()
             return partial, False
@@ -147,19 +130,6 @@ def _is_at(descriptor: int, directory: Path) -> bool:
         return False
 
 
-def _remove_abandoned(target: Path, own: Path) -> None:
-    """Removes what other runs for ``target`` left: partial directories whose lock nobody holds."""
-    for partial in target.parent.iterdir():
-        if partial == own or not is_partial_of(target, partial.name):
-            continue
-        with contextlib.suppress(OSError):  # busy, or no locks here: it stays
-            descriptor = _lock(partial)
-            try:
-                shutil.rmtree(partial)
-            finally:
-                os.close(descriptor)
-
-
 def _clear(work: Workspace) -> None:
     """Leaves nothing in the directory but the files that the journal lists."""
     kept = set(journal_files(work.journal))
@@ -171,11 +141,6 @@ def _clear(work: Workspace) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 def _explain(error: OSError, target: Path) -> OutputError:

@@ -14,7 +14,7 @@ import pytest
 
 from shuntyard.errors import CheckpointError, OutputError
 from shuntyard.exporter import resumable
-from shuntyard.exporter.output import output_directory
+from shuntyard.exporter.output import lock, output_directory
 from shuntyard.exporter.resumable import Journal, Workspace, resumable_directory
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -160,7 +160,7 @@ def test_a_link_in_the_place_of_the_partial_directory(tmp_path: Path) -> None:
 
 def test_a_directory_that_was_replaced_before_it_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run removed it as abandoned, and a third made it anew: a lock on the old one would keep nobody out."""
-    target, lock = tmp_path / "out", resumable._lock
+    target = tmp_path / "out"
     calls = iter([True])
 
     def late(directory: Path) -> int:
@@ -170,7 +170,7 @@ def test_a_directory_that_was_replaced_before_it_was_locked(tmp_path: Path, monk
             directory.mkdir()
         return descriptor
 
-    monkeypatch.setattr(resumable, "_lock", late)
+    monkeypatch.setattr(resumable, "lock", late)
     with (
         resumable_directory(target, KEY),
         pytest.raises(OutputError, match="another run is writing it"),
