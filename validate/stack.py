@@ -1,0 +1,36 @@
+"""A stack: anything that can embed tokens, run one layer on given hidden states, and make logits.
+
+transformers, the eager model, an exported graph and an ONNX Runtime engine are stacks, so any two of them can be
+compared, layer by layer, each fed its own values (free-running) or the other's (teacher-forced).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+
+from shuntyard.exporter.config import Llama4Config
+from shuntyard.validate.values import Array, LayerValues, Tokens
+
+
+class Stack(abc.ABC):
+    """One model, run a layer at a time over all sequences, so that memory is one layer's.
+
+    Sequences are independent: each begins at position 0 with an empty cache. Arrays that come out are float32.
+    """
+
+    label: str  # for people
+    dtype: str  # "fp32", "fp16", "bf16": what it computes in
+    config: Llama4Config
+
+    @abc.abstractmethod
+    def embed(self, sequences: Sequence[Tokens]) -> Iterator[Array]:
+        """``i64 [S]`` of each sequence -> hidden ``[S, H]`` of each."""
+
+    @abc.abstractmethod
+    def layer(self, index: int, hidden: Sequence[Array]) -> Iterator[LayerValues]:
+        """Layer ``index`` on the hidden states ``[S, H]`` that go into it, of each sequence."""
+
+    @abc.abstractmethod
+    def head(self, hidden: Sequence[Array]) -> Iterator[Array]:
+        """Final norm and ``lm_head``: ``[S, H]`` of each sequence -> logits ``[S, V]`` of each."""
