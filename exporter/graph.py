@@ -14,8 +14,10 @@ is padded on the right with any token: what padding writes lies behind the seque
 real tokens have overwritten it. That holds within a chunk only: a sequence that has ended stays out of calls on later
 chunks, where its padding would overwrite its last chunk's cache rows from the start.
 
-Values in between have names too: ``model.layers.N`` is a layer's output ``[B, S, H]``, and
-``model.layers.N.feed_forward.router`` its router's logits ``f32 [B*S, E]``.
+Values in between have names too, for whoever wants to look inside: ``model.layers.N`` is a layer's output
+``[B, S, H]``, ``model.layers.N.self_attn`` and ``.feed_forward`` what was added for it, ``.feed_forward.router`` its router's logits
+``f32 [B*S, E]`` and ``.feed_forward.shared_expert`` the shared expert's part ``[B*S, H]``. Nothing is computed for them
+alone, and none is an output of the graph unless it is marked as one (``mark``).
 """
 
 from __future__ import annotations
@@ -182,10 +184,12 @@ class _Assembly:
         past = [self.input(f"past_key_values.{i}.{part}", self.dtype, *cache) for part in ("key", "value")]
         present = [self.value(f"present.{i}.{part}", self.dtype, *cache) for part in ("key", "value")]
         out = self.value(name, self.dtype, "batch", "sequence", c.hidden_size)
-        outputs = [out, *present]
+        inside = [f"{name}.self_attn", f"{name}.feed_forward"]
+        outputs = [out, *present, *(self.value(n, self.dtype, "batch", "sequence", c.hidden_size) for n in inside)]
         if kind.moe:
-            logits = f"{name}.feed_forward.router"
-            outputs.append(self.value(logits, ir.DataType.FLOAT, "tokens", c.num_local_experts))
+            moe = f"{name}.feed_forward"
+            outputs.append(self.value(f"{moe}.router", ir.DataType.FLOAT, "tokens", c.num_local_experts))
+            outputs.append(self.value(f"{moe}.shared_expert", self.dtype, "tokens", c.hidden_size))
         own = {
             weight: self.weights.linears[f"{name}.{weight}"]
             for weight in layer_weights(c, kind)
@@ -251,6 +255,23 @@ def build_model(config: Llama4Config, weights: Weights, dtype: str) -> ir.Model:
     for function in functions:
         function.opset_imports.update({"": OPSET, DOMAIN: DOMAIN_VERSION})
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="shuntyard", functions=functions)
+
+
+def mark(model: ir.Model) -> list[str]:
+    """Makes outputs of the graph of all values in between, in place; returns their names.
+
+    A builder fuses less around an output: a marked engine is for looking inside, not for use.
+    """
+    taken = set(model.graph.outputs)
+    inside = [
+        value
+        for node in model.graph
+        for value in node.outputs
+        if str(value.name).startswith(("model.embed_tokens", "model.layers.")) and value not in taken
+    ]
+    inside = [value for value in inside if not str(value.name).endswith(WIDENED)]
+    model.graph.outputs.extend(inside)
+    return [str(value.name) for value in inside]
 
 
 def retarget(model: ir.Model, dtype: str) -> None:

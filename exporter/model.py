@@ -16,6 +16,7 @@ independent reference (``models/llama4/modeling_llama4.py``). Shapes by the lege
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -104,8 +105,8 @@ def attention(
     return projection(out, w, "self_attn.o_proj"), present_key, present_value
 
 
-def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Routed plus shared experts: ``x [T, H]`` -> ``[T, H]`` and the router's logits ``f32 [T, E]``."""
+def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed plus shared experts: ``x [T, H]`` -> ``[T, H]``, the router's logits ``f32 [T, E]``, the shared part."""
     top_k = config.num_experts_per_tok
     ops = torch.ops.shuntyard
     logits = x.float() @ w["feed_forward.router.weight"].float().T
@@ -114,7 +115,19 @@ def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
     experts = config.num_local_experts
     rows = ops.moe_experts(x, scores, expert_offsets, permutation, fused, [], top_k, experts, "fused", 0)
     shared = swiglu(x, w, "feed_forward.shared_expert")
-    return ops.moe_scatter_add(shared, rows, permutation, top_k), logits
+    return ops.moe_scatter_add(shared, rows, permutation, top_k), logits, shared
+
+
+class LayerOutputs(NamedTuple):
+    """What a layer gives. What comes after the cache is there to be looked at: nothing is computed for it alone."""
+
+    hidden: Tensor  # [B, S, H]
+    present_key: Tensor  # [B, G, L, D]
+    present_value: Tensor
+    attention: Tensor  # [B, S, H]  behind o_proj
+    feed_forward: Tensor  # [B, S, H]
+    router: Tensor | None = None  # f32 [B * S, E] logits
+    shared: Tensor | None = None  # [B * S, H]  the shared expert alone
 
 
 def decoder_layer(
@@ -124,16 +137,18 @@ def decoder_layer(
     hidden: Tensor,
     places: tuple[Tensor, ...],
     past: tuple[Tensor, Tensor],
-) -> tuple[Tensor, ...]:
-    """One layer: ``hidden [B, S, H]`` -> ``hidden, present_key, present_value`` and, with MoE, router logits."""
+) -> LayerOutputs:
+    """One layer on ``hidden [B, S, H]``; a dense one has no router and no shared expert."""
     normed = rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
     attended, present_key, present_value = attention(config, kind, w, normed, places, past)
     hidden = hidden + attended
     normed = rms_norm(hidden, config.rms_norm_eps) * w["post_attention_layernorm.weight"].to(hidden.dtype)
     if not kind.moe:
-        return hidden + swiglu(normed, w, "feed_forward"), present_key, present_value
-    out, logits = moe(config, w, normed.flatten(0, 1))
-    return hidden + out.view_as(hidden), present_key, present_value, logits
+        out = swiglu(normed, w, "feed_forward")
+        return LayerOutputs(hidden + out, present_key, present_value, attended, out)
+    routed, logits, shared = moe(config, w, normed.flatten(0, 1))
+    out = routed.view_as(hidden)
+    return LayerOutputs(hidden + out, present_key, present_value, attended, out, logits, shared)
 
 
 def embed(input_ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,8 +237,9 @@ class Llama4(nn.Module):
             kind = kind_of(c, i)
             own = {name: w[f"model.layers.{i}.{name}"] for name in layer_weights(c, kind)}
             places = rope_places if kind.rope else (position_ids,)
-            hidden, present_key, present_value, *_ = decoder_layer(c, kind, own, hidden, places, past)
-            presents.append((present_key, present_value))
+            out = decoder_layer(c, kind, own, hidden, places, past)
+            hidden = out.hidden
+            presents.append((out.present_key, out.present_value))
         every = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         lm_head = w["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
         return head(c, hidden, every, w["model.norm.weight"], lm_head), presents

@@ -265,7 +265,8 @@ def layer_function(config: Llama4Config, kind: LayerKind) -> ir.Function:
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         hidden, past = tensors[0], (tensors[1 + count], tensors[2 + count])
         own = dict(zip(weights, tensors[3 + count :], strict=True))
-        return model.decoder_layer(config, kind, own, hidden, tensors[1 : 1 + count], past)
+        out = model.decoder_layer(config, kind, own, hidden, tensors[1 : 1 + count], past)
+        return tuple(tensor for tensor in out if tensor is not None)
 
     cache = ((_B, groups, _L, head_dim), COMPUTE)
     inputs: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {
@@ -275,7 +276,9 @@ def layer_function(config: Llama4Config, kind: LayerKind) -> ir.Function:
         "past_value": cache,
         **{name: (shape, WEIGHT) for name, shape in weights.items()},
     }
-    outputs = ["hidden_out", "present_key", "present_value", *(["router_logits"] if kind.moe else [])]
+    outputs = ["hidden_out", "present_key", "present_value", "attention", "feed_forward"]
+    if kind.moe:
+        outputs += ["router_logits", "shared_expert"]
     return trace_function(kind.function_name, _Part(run), inputs, outputs)
 
 

@@ -34,3 +34,19 @@ class Stack(abc.ABC):
     @abc.abstractmethod
     def head(self, hidden: Sequence[Array]) -> Iterator[Array]:
         """Final norm and ``lm_head``: ``[S, H]`` of each sequence -> logits ``[S, V]`` of each."""
+
+
+SINGLES = 4
+"""So many tokens at the end of a sequence are fed one at a time, as generation does."""
+
+
+def pieces(length: int, chunk: int | None, longest: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where each call begins and ends: at chunks' edges, after ``longest`` tokens, and the last tokens one by one."""
+    begin = 0
+    while begin < length:
+        edge = length if chunk is None else (begin // chunk + 1) * chunk
+        end = min(edge, length, begin + (longest or length))
+        singles = max(1, length - SINGLES)
+        end = begin + 1 if begin >= singles else min(end, singles)
+        yield begin, end
+        begin = end

@@ -64,19 +64,23 @@ def test_wrong_configuration(changes: dict[str, Any], reference: tuple[Weights, 
     assert error(*reference, **changes) > MISTAKE_MIN_ABS
 
 
-def routed_off(_config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-    return model.swiglu(x, w, "feed_forward.shared_expert"), x
+Moe = tuple[Tensor, Tensor, Tensor]
 
 
-def shared_off(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-    out, logits = RIGHT_MOE(config, w, x)
-    return out - model.swiglu(x, w, "feed_forward.shared_expert"), logits
+def routed_off(_config: Llama4Config, w: Weights, x: Tensor) -> Moe:
+    shared = model.swiglu(x, w, "feed_forward.shared_expert")
+    return shared, x, shared
 
 
-def dense_moe(score: Callable[[Tensor], Tensor], on_output: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
+def shared_off(config: Llama4Config, w: Weights, x: Tensor) -> Moe:
+    out, logits, shared = RIGHT_MOE(config, w, x)
+    return out - shared, logits, torch.zeros_like(shared)
+
+
+def dense_moe(score: Callable[[Tensor], Tensor], on_output: bool = False) -> Callable[..., Moe]:
     """Every expert on every token, the score where and how it is asked for."""
 
-    def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moe(config: Llama4Config, w: Weights, x: Tensor) -> Moe:
         logits = x @ w["feed_forward.router.weight"].T
         chosen = logits >= logits.topk(config.num_experts_per_tok).values[:, -1:]
         scores = (score(logits) * chosen).T[:, :, None]  # [E, T, 1]
@@ -84,7 +88,8 @@ def dense_moe(score: Callable[[Tensor], Tensor], on_output: bool = False) -> Cal
         gate, up = (inputs @ w["feed_forward.experts.gate_up_proj"]).chunk(2, dim=-1)
         rows = (functional.silu(gate) * up) @ w["feed_forward.experts.down_proj"]
         routed = (rows * scores if on_output else rows).sum(0)
-        return routed + model.swiglu(x, w, "feed_forward.shared_expert"), logits
+        shared = model.swiglu(x, w, "feed_forward.shared_expert")
+        return routed + shared, logits, shared
 
     return moe
 

@@ -120,7 +120,7 @@ def test_the_router_is_in_fp32() -> None:
     raw, w, layer = moe_parts(16, 1, seed=0)
     x = bf16(2048, 64)
     with torch.no_grad():
-        _, logits = model.moe(parsed(raw), w, x)
+        _, logits, _ = model.moe(parsed(raw), w, x)
         _, rounded = layer.router(x)
     best = (x.double() @ w["feed_forward.router.weight"].double().T).topk(2)
     clear = best.values[:, 0] - best.values[:, 1] > 1e-4
@@ -148,7 +148,7 @@ def test_roundings_of_the_routed_experts() -> None:
     layer.load_state_dict(own)
     x = bf16(4096, 1)
     with torch.no_grad():
-        got, _ = model.moe(parsed(raw), {f"feed_forward.{name}": weight for name, weight in own.items()}, x)
+        got, *_ = model.moe(parsed(raw), {f"feed_forward.{name}": weight for name, weight in own.items()}, x)
         other, _ = layer(x)
         args = meta_reference.MetaArgs(dim=1, n_layers=1, n_heads=1, n_kv_heads=1, num_experts=1)
         meta = meta_reference.moe(args, meta_reference.stored_moe(own), x)
@@ -177,7 +177,7 @@ def test_tied_experts() -> None:
         return out
 
     with torch.no_grad():
-        got, _ = model.moe(parsed(raw), w, x)
+        got, *_ = model.moe(parsed(raw), w, x)
         other, _ = layer(x[None])
         scores, _ = layer.router(x)
     lowest = torch.tensor([[0, 1]]).expand(16, 2)
