@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from shuntyard.exporter.checkpoint import SIDE_FILES, Checkpoint, open_checkpoin
 from shuntyard.exporter.config import HINT_CONFIG, Llama4Config
 from shuntyard.exporter.config_file import token_id
 from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, check_graph, read_manifest
-from shuntyard.exporter.graph import COMPUTE_TYPES
+from shuntyard.exporter.graph import COMPUTE_TYPES, mark
 from shuntyard.exporter.output import link_or_copy, output_directory
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite, has_equal_rows
@@ -53,6 +53,7 @@ class Request:
     max_context: int | None = None  # default: the model's, at most DEFAULT_CONTEXT
     max_tokens: int = 512
     copy: bool = False
+    mark: bool = False  # give out the values in between: an engine to look into, not to use
 
 
 DEFAULT_CONTEXT = 8192
@@ -188,6 +189,7 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
             limits=limits,
             cache=_cache_shapes(opened.config, limits),
             precision=facts.precision,
+            marked=facts.marked,
             checkpoint_fingerprint=opened.manifest.checkpoint_fingerprint,
             rewritten_from=opened.manifest.rewritten_from,
             checkpoint_sha256=shards,
@@ -210,6 +212,7 @@ class BuildFacts:
     precision: dict[str, str]
     plugin_library: str | None = None
     plugin_build: BuildInfo | None = None
+    marked: list[str] = field(default_factory=list)
 
 
 def _check_request(request: Request) -> None:
@@ -264,6 +267,7 @@ def _build_onnxruntime(
     opened: Opened, directory: Path, request: Request, dtype: str, limits: Limits, report: Reporter
 ) -> BuildFacts:
     lower.for_onnxruntime(opened.model, dtype)
+    marked = mark(opened.model) if request.mark else []
     for header in opened.checkpoint.headers:
         link_or_copy(header.file, directory, copy=request.copy, total_bytes=opened.checkpoint.nbytes)
     proto = ir.to_proto(opened.model)
@@ -279,6 +283,7 @@ def _build_onnxruntime(
         layers=layers,
         plugins={},
         precision=layer_table.expected_precision(opened.model, dtype),
+        marked=marked,
     )
 
 
@@ -293,7 +298,8 @@ def _build_tensorrt(
         context=limits.max_context,
         chunk=None if limits.chunk is None else min(limits.chunk, limits.max_context),
     )
-    return build_plan(opened, nibbles, directory, request, dtype, limits, report)
+    marked = mark(opened.model) if request.mark else []
+    return replace(build_plan(opened, nibbles, directory, request, dtype, limits, report), marked=marked)
 
 
 def json_ready(manifest: EngineManifest) -> dict[str, Any]:

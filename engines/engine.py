@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,25 @@ class Runner(abc.ABC):
     @abc.abstractmethod
     def step(self, input_ids: Tokens, position_ids: Tokens, logits_indices: Tokens) -> Floats:
         """One call on the first ``B`` sequences: ``[B, S], [B, S], [B, R]`` -> logits ``[B, R, V]``."""
+
+    @abc.abstractmethod
+    def cache_rows(self, layer: int, active: int, rows: Tokens) -> tuple[Floats, Floats]:
+        """Keys and values ``[active, len(rows), G, D]`` that the first sequences have in these rows of a cache."""
+
+    @property
+    def marked(self) -> dict[str, Floats]:
+        """What the last call gave for the values in between that are marked as outputs, by name; a copy."""
+        return {}
+
+
+@dataclass
+class Recording:
+    """What an engine computed for ``B`` sequences of at most ``S`` tokens; NaN behind a sequence's end."""
+
+    logits: Floats  # [B, S, V]
+    keys: list[Floats]  # of each layer [B, S, G, D], as they stood in the cache after the call that wrote them
+    values: list[Floats]
+    inside: dict[str, Floats]  # of a marked engine: [B, S, ...] by name
 
 
 class Engine:
@@ -84,6 +104,47 @@ class Engine:
                 own_end = min(end, batch.sorted_lengths[row])
                 out[batch.order[row], begin:own_end] = _finite(piece[row, : own_end - begin])
         return out
+
+    def record(self, tokens: Any, lengths: Sequence[int] | None = None, *, decode_from: int | None = None) -> Recording:
+        """As :meth:`logits`, with what the KV cache was given, and what a marked engine shows of its inside.
+
+        Raises:
+            EngineError: as for :meth:`logits`.
+            NotFiniteError: as for :meth:`logits`.
+        """
+        batch = _Batch(self, tokens, lengths)
+        shapes = self.manifest.cache
+        full = batch.tokens.shape
+
+        def empty(*rest: int) -> Floats:
+            return np.full((*full, *rest), np.nan, np.float32)
+
+        found = Recording(
+            empty(self.manifest.vocab_size),
+            [empty(shape.heads, shape.head_dim) for shape in shapes],
+            [empty(shape.heads, shape.head_dim) for shape in shapes],
+            {},
+        )
+        for begin, end, ids, positions in batch.pieces(extra=0, decode_from=decode_from):
+            active, count = ids.shape
+            every = np.ascontiguousarray(np.broadcast_to(np.arange(count), ids.shape))
+            logits = self._runner.step(ids, positions, every)
+            places = np.arange(begin, end)
+            # A chunked layer's cache has a row for each position of the chunk, any other one for each position.
+            caches = [self._runner.cache_rows(shape.layer, active, places % shape.rows) for shape in shapes]
+            inside = {
+                name: value.reshape(active, count, *value.shape[value.ndim - 1 :])
+                for name, value in self._runner.marked.items()
+            }
+            for row in range(active):
+                own = min(end, batch.sorted_lengths[row]) - begin
+                place = batch.order[row], slice(begin, begin + own)
+                found.logits[place] = _finite(logits[row, :own])
+                for i, (key, value) in enumerate(caches):
+                    found.keys[i][place], found.values[i][place] = key[row, :own], value[row, :own]
+                for name, part in inside.items():
+                    found.inside.setdefault(name, empty(part.shape[-1]))[place] = part[row, :own]
+        return found
 
     def generate(
         self,
@@ -255,12 +316,14 @@ class _Batch:
             )
 
 
-def open_engine(directory: str | Path, *, verify: bool = False) -> Engine:
+def open_engine(directory: str | Path, *, verify: bool = False, marked: bool = False) -> Engine:
     """Opens an engine directory.
 
     Args:
         directory: what ``shuntyard build`` wrote.
         verify: read every file and hold it to its recorded hash, not only those that were written to since.
+        marked: give out the values in between, too (:meth:`Engine.record`). ONNX Runtime's graph is marked as it is
+            opened; a TensorRT plan must have been built so.
 
     Raises:
         CheckpointError: there is no manifest.
@@ -273,7 +336,11 @@ def open_engine(directory: str | Path, *, verify: bool = False) -> Engine:
     if manifest.backend == "onnxruntime":
         from shuntyard.engines.onnxruntime_runner import OnnxRuntimeRunner
 
-        runner = OnnxRuntimeRunner(path / manifest.engine_file, manifest)
+        runner = OnnxRuntimeRunner(path / manifest.engine_file, manifest, marked=marked)
+    elif marked and not manifest.marked:
+        raise EngineError(
+            f"{path}: gives out nothing of its inside", hint="build an engine with --mark beside the one that is used"
+        )
     else:
         from shuntyard.engines.tensorrt_runner import TensorRTRunner
 

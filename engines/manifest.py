@@ -66,6 +66,7 @@ class EngineManifest(_Strict):
     eos_token_ids: list[int]
     limits: Limits
     cache: list[CacheShape]
+    marked: list[str] = []  # values in between that are outputs too: an engine to look into, not to use
     precision: dict[str, str]  # product, attention or plugin, by its path in the model -> compute type
     checkpoint_fingerprint: str  # of the headers
     rewritten_from: str | None  # fingerprint of the checkpoint that these weights were rewritten from

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 
 from shuntyard.engines.engine import Floats, Runner, Tokens
 from shuntyard.engines.manifest import EngineManifest
 from shuntyard.errors import EngineError
+from shuntyard.exporter.graph import mark
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option that says where the weights of a graph lie that comes as bytes."""
 
 _NUMPY = {"fp32": np.float32, "fp16": np.float16}
 
 
-def open_session(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """A session on the CPU, by default with a thread for each core.
+def open_session(path: Path, threads: int | None = None, *, marked: bool = False) -> onnxruntime.InferenceSession:
+    """A session on the CPU, by default with a thread for each core; ``marked``: it gives out the values in between.
 
     Raises:
         EngineError: ONNX Runtime refuses the graph.
@@ -26,15 +31,21 @@ def open_session(path: Path, threads: int | None = None) -> onnxruntime.Inferenc
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime counts the cores
+    source: str | bytes = str(path)
+    if marked:
+        model = ir.load(path)
+        mark(model)
+        source = ir.to_proto(model).SerializeToString()
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent.resolve()))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base below Exception
         raise EngineError(f"{path}: ONNX Runtime cannot open it: {error}", hint="build the engine again") from error
-    _release_freed_memory()
+    release_freed_memory()
     return session
 
 
-def _release_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Gives freed memory back to the system where the C library can (glibc).
 
     While it opens a graph, ONNX Runtime casts, splits and transposes the weights once and for all. It frees what was
@@ -48,9 +59,15 @@ def _release_freed_memory() -> None:
 class OnnxRuntimeRunner(Runner):
     """Each cache is one buffer, bound as past and present: TensorScatter then writes in place."""
 
-    def __init__(self, engine_file: Path, manifest: EngineManifest, threads: int | None = None) -> None:
+    def __init__(
+        self, engine_file: Path, manifest: EngineManifest, threads: int | None = None, *, marked: bool = False
+    ) -> None:
         self._manifest = manifest
-        self._session = open_session(engine_file, threads)
+        self._session = open_session(engine_file, threads, marked=marked and not manifest.marked)
+        cached = {f"present.{shape.layer}.{part}" for shape in manifest.cache for part in ("key", "value")}
+        names = [value.name for value in self._session.get_outputs()]
+        self._inside = [name for name in names if name != "logits" and name not in cached]
+        self._marked: dict[str, Floats] = {}
         self._type = _NUMPY[manifest.dtype]
         self._caches: dict[str, Any] = {}
 
@@ -80,10 +97,25 @@ class OnnxRuntimeRunner(Runner):
                 (binding.bind_output, f"present.{name}"),
             ):
                 bind(tensor, "cpu", 0, self._type, prefix.shape, prefix.ctypes.data)
-        binding.bind_output("logits", "cpu")
+        for name in ("logits", *self._inside):
+            binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed: {error}", hint="build the engine again") from error
-        logits: Floats = binding.get_outputs()[-1].numpy()
-        return logits
+        logits, *inside = (value.numpy() for value in binding.get_outputs()[-1 - len(self._inside) :])
+        self._marked = dict(zip(self._inside, (value.astype(np.float32) for value in inside), strict=True))
+        return logits  # type: ignore[no-any-return]
+
+    @property
+    def marked(self) -> dict[str, Floats]:
+        """See :class:`Runner`."""
+        return self._marked
+
+    def cache_rows(self, layer: int, active: int, rows: Tokens) -> tuple[Floats, Floats]:
+        """See :class:`Runner`."""
+        key, value = (
+            self._caches[f"{layer}.{part}"][:active, :, rows].swapaxes(1, 2).astype(np.float32)
+            for part in ("key", "value")
+        )
+        return key, value

@@ -75,6 +75,7 @@ class TensorRTRunner(Runner):
         self._context = self._engine.create_execution_context()
         self._stream = torch.cuda.Stream()
         self._caches: dict[str, torch.Tensor] = {}
+        self._marked: dict[str, Floats] = {}
 
     def start(self, batch: int, context: int) -> None:
         """See :class:`Runner`. Cache rows are static in the engine: ``context`` does not shrink them."""
@@ -109,7 +110,29 @@ class TensorRTRunner(Runner):
             for name, cache in self._caches.items():
                 self._context.set_tensor_address(f"present.{name}", cache.data_ptr())
             self._context.set_tensor_address("logits", logits.data_ptr())
+            inside = {}
+            for name in self._manifest.marked:
+                shape, dtype = tuple(self._context.get_tensor_shape(name)), self._engine.get_tensor_dtype(name)
+                kind = torch.float32 if dtype == self._trt.float32 else _TORCH[self._manifest.dtype]
+                inside[name] = torch.empty(shape, dtype=kind, device="cuda")
+                self._context.set_tensor_address(name, inside[name].data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise EngineError("the engine failed to run", hint="TensorRT has said why, above")
             result: Floats = logits.cpu().numpy()  # waits for the stream
+            self._marked = {name: value.float().cpu().numpy() for name, value in inside.items()}
         return result
+
+    @property
+    def marked(self) -> dict[str, Floats]:
+        """See :class:`Runner`."""
+        return self._marked
+
+    def cache_rows(self, layer: int, active: int, rows: Tokens) -> tuple[Floats, Floats]:
+        """See :class:`Runner`."""
+        places = torch.from_numpy(rows).cuda()
+        with torch.cuda.stream(self._stream):
+            key, value = (
+                self._caches[f"{layer}.{part}"][:active, :, places].transpose(1, 2).float().cpu().numpy()
+                for part in ("key", "value")
+            )
+        return key, value

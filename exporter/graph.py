@@ -14,10 +14,10 @@ is padded on the right with any token: what padding writes lies behind the seque
 real tokens have overwritten it. That holds within a chunk only: a sequence that has ended stays out of calls on later
 chunks, where its padding would overwrite its last chunk's cache rows from the start.
 
-Values in between have names too, for whoever wants to look inside: ``model.layers.N`` is a layer's output
-``[B, S, H]``, ``model.layers.N.self_attn`` and ``.feed_forward`` what was added for it, ``.feed_forward.router`` its router's logits
-``f32 [B*S, E]`` and ``.feed_forward.shared_expert`` the shared expert's part ``[B*S, H]``. Nothing is computed for them
-alone, and none is an output of the graph unless it is marked as one (``mark``).
+Values in between have names too, for whoever wants to look inside: ``model.layers.N`` is a layer's output ``[B, S, H]``,
+``.self_attn`` and ``.feed_forward`` below it what was added for it, ``.feed_forward.router`` its router's logits
+``f32 [B*S, E]``, and ``.feed_forward.shared_expert`` the shared expert's part ``[B*S, H]``. Nothing is computed for
+them alone, and none is an output of the graph unless it is marked as one (:func:`mark`).
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ class EagerStack(Stack):
         """See :class:`Stack`."""
         weights = self._weights.layer(index)
         for array in hidden:
-            with torch.inference_mode():
-                yield self._run(index, weights, torch.from_numpy(array)[None].to(self._type))
+            yield self._run(index, weights, torch.tensor(array)[None].to(self._type))
 
+    @torch.no_grad()
     def _run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> LayerValues:
         c, kind, length = self.config, kind_of(self.config, index), hidden.shape[1]
         shape = (1, c.num_key_value_heads, c.cache_rows(index, length), c.head_dim)
@@ -63,6 +63,5 @@ class EagerStack(Stack):
         tied = self.config.tie_word_embeddings
         weight = self._weights.outer("model.embed_tokens.weight" if tied else "lm_head.weight")
         for array in hidden:
-            with torch.inference_mode():
-                wide = torch.from_numpy(array)[None].to(self._type)
-                yield model.head(self.config, wide, torch.arange(len(array))[None], norm, weight)[0].numpy()
+            wide = torch.tensor(array)[None].to(self._type)
+            yield model.head(self.config, wide, torch.arange(len(array))[None], norm, weight)[0].numpy()
