@@ -34,7 +34,7 @@ TREE := build/lint/shuntyard
 
 lint: $(VENV)/ready
 	mkdir -p $(TREE)
-	for part in plugins exporter engines validate cli.py; do ln -sfn "$(CURDIR)/$$part" $(TREE)/$$part; done
+	for part in plugins exporter engines validate cli; do ln -sfn "$(CURDIR)/$$part" $(TREE)/$$part; done
 	for part in __init__.py errors.py py.typed; do ln -sfn "$(CURDIR)/package/$$part" $(TREE)/$$part; done
 	$(IN)/ruff check .
 	$(IN)/ruff format --check .

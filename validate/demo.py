@@ -15,7 +15,7 @@ from shuntyard.errors import CheckpointError
 from shuntyard.exporter.export import export
 from shuntyard.exporter.output import output_directory, refuse_existing
 from shuntyard.validate.report import Report
-from shuntyard.validate.validate import validate
+from shuntyard.validate.validate import Inputs, Plan, validate
 
 HELD_OUT = "held_out.txt"
 
@@ -83,7 +83,8 @@ def run_demo(out: Path, reporter: Reporter) -> DemoResult:
             request = Request(backend="tensorrt-rtx", gpu="sm89", dtype="bf16", max_context=1024)
             rtx = build(directory / "model", directory / "engine-sm89", request, reporter)
         line("validate against transformers")
-        report = validate(directory / "engine", checkpoint, held_out_text(), report_line=line)
+        plan = Plan(inputs=Inputs(held_out_text()))
+        report = validate(str(directory / "engine"), str(checkpoint), plan, line)
     report.engine, report.reference = str(out / "engine"), "the miniature checkpoint"
     result = DemoResult(report)
     for name, manifest in (("engine", portable), ("engine-sm89", rtx)):

@@ -18,11 +18,16 @@ from shuntyard.validate.values import Array, LayerValues, Tokens
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def eager_label() -> str:
+    """What an ``EagerStack`` calls itself."""
+    return f"eager model, torch {torch.__version__}"
+
+
 class EagerStack(Stack):
     """Our model in PyTorch, in any compute type, its weights dequantised: prefill in pieces, then single tokens."""
 
     def __init__(self, checkpoint: Path, dtype: str = "fp32") -> None:
-        self.label, self.dtype = f"eager model, torch {torch.__version__}", dtype
+        self.label, self.dtype = eager_label(), dtype
         self.config = load_config_file(checkpoint / "config.json").text
         self._weights = DequantisedCheckpoint(checkpoint)
         self._type = TORCH_TYPES[dtype]

@@ -18,12 +18,16 @@ from shuntyard.validate.values import Array, LayerValues, Tokens
 _NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 
+def graph_label(*, optimise: bool) -> str:
+    """What a ``GraphStack`` calls itself."""
+    return f"{'engine' if optimise else 'graph'}'s layers, ONNX Runtime {onnxruntime.__version__}"
+
+
 class GraphStack(Stack):
     """Each call of the graph in a session of its own, KV cache included: prefill in pieces, then single tokens."""
 
     def __init__(self, graph: Path, dtype: str, *, optimise: bool, longest: int | None = None) -> None:
-        how = "engine" if optimise else "graph"
-        self.label, self.dtype = f"{how}'s layers, ONNX Runtime {onnxruntime.__version__}", dtype
+        self.label, self.dtype = graph_label(optimise=optimise), dtype
         self.config = load_config_file(graph.parent / "config.json").text
         self._graph = CutGraph(graph, optimise=optimise)
         self._type, self._longest = _NUMPY[dtype], longest

@@ -115,6 +115,7 @@ class Gate:
     noise: float  # what the resampling explains, at the gate's rate
     p_value: float  # adjusted for all metrics together
     ok: bool
+    resolution: float = 0.0  # smallest difference that matters: it fires where worse > resolution + noise
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Regression:
     rate: float  # at which it fires on engines of the same quality, all metrics together
     sequences: int
     gates: list[Gate]
+    notes: list[str] = field(default_factory=list)  # what was not compared, and why
 
 
 @dataclass

@@ -1,249 +1,262 @@
-"""``validate``: holds an engine to the PyTorch reference on a text.
+"""``validate``: holds one model to another on the same tokens, and says where they part. See ARCHITECTURE.md.
 
-Three comparisons, all on the same tokens and from an empty cache:
-
-1. Prefill: windows of the text, all logits, perplexity of both.
-2. Decode: the same logits when the last tokens of a window are fed one at a time, over a chunk's edge.
-3. Greedy: both generate from the same prompts, the engine from a ragged batch of them.
+1. The reference is run layer by layer, free-running, and what it computes is kept on disk.
+2. The engine runs as it is: prefill, decoding over a chunk's edge, greedy continuation, KV cache.
+3. Its layers, cut out, are fed the reference's inputs (teacher-forced).
+4. The engine, marked, gives out the values in between; the reference's layers are fed its inputs (inverse).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from shuntyard.engines.engine import Engine, open_engine
-from shuntyard.engines.manifest import sha256_of
-from shuntyard.engines.text import Tokenizer
-from shuntyard.errors import EngineError, NotFiniteError
-from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
-from shuntyard.exporter.values import check_finite
-from shuntyard.exporter.weights import match_weights
-from shuntyard.validate import metrics
-from shuntyard.validate.dequantise import dequantised_state
-from shuntyard.validate.reference import Reference
+from shuntyard.errors import EngineError, NotFiniteError, UnsupportedError
+from shuntyard.validate import greedy
+from shuntyard.validate.bisect import first_diverging
+from shuntyard.validate.bounds import Bounds, Override
+from shuntyard.validate.files import check_files
+from shuntyard.validate.inputs import Inputs as Inputs
+from shuntyard.validate.inputs import make_sequences
+from shuntyard.validate.judge import judge_cache, judge_logits, judge_modules
+from shuntyard.validate.layers import Masks, Walk, before_ties, walk_inverse, walk_stack, walk_whole
+from shuntyard.validate.logits import LogitStatistics
+from shuntyard.validate.record import Recording, cached_recording
 from shuntyard.validate.report import Check, Report
-from shuntyard.validate.tolerances import TOLERANCES, Tolerance
-
-Tokens = NDArray[np.int64]
-
-LONGEST_WINDOW = 512
-"""Default bound on a window: the reference runs every expert on every token."""
+from shuntyard.validate.subjects import Subject, open_subject
+from shuntyard.validate.values import Array, Sequence
+from shuntyard.validate.views import fill_in
+from shuntyard.validate.whole import WholeRun, decode_split, run_whole
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to compare."""
+    """What to run, on what."""
 
-    windows: int = 8
-    length: int | None = None  # tokens of a window; default 3.5 chunks, at most LONGEST_WINDOW and the context
+    inputs: Inputs = field(default_factory=Inputs)
     decode: int = 96  # tokens fed and generated one at a time, or more if a chunk's edge lies further back
     allow_other_files: bool = False  # the reference's may be other files than those that the engine was built from
+    shipped_only: bool = False  # the engine as it is and nothing else: no layer alone, no output marked
+    by_layers: bool = False  # never the whole engine: memory is one layer's
+    cache: Path | None = None  # directory of reference activations that later runs take up
+    overrides: tuple[Override, ...] = ()
 
 
 def validate(
-    engine_path: Path,
-    checkpoint_path: Path,
-    text: str,
-    plan: Plan | None = None,
-    report_line: Callable[[str], None] = lambda line: None,
+    engine: str, reference: str, plan: Plan | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Report:
     """Compares and judges. The verdict is in the report; a failed comparison is no exception.
 
+    Args:
+        engine: an engine directory, or another model by its prefix (``subjects.py``).
+        reference: the same; a directory without a prefix that is no engine is run by transformers.
+        plan: how much is compared.
+        say: gets lines of progress.
+
     Raises:
-        EngineError: the engine cannot be opened, or the text is too short.
-        CheckpointError: the reference cannot be loaded, or a weight is not finite.
+        EngineError: one of the two cannot be opened or run, or there is nothing to compare on.
+        CheckpointError: a checkpoint is broken, or a weight is not finite.
+        UnsupportedError: the two cannot be compared in the way that is asked for.
     """
     plan = plan or Plan()
-    engine = open_engine(engine_path, verify=True)
-    checkpoint = open_checkpoint(checkpoint_path)
-    check_finite(match_weights(checkpoint))
-    tolerance = TOLERANCES[engine.manifest.dtype]
-    if engine.manifest.vocab_size != checkpoint.config.vocab_size:
-        raise EngineError(
-            f"{engine_path}: has a vocabulary of {engine.manifest.vocab_size}, {checkpoint_path} one of "
-            f"{checkpoint.config.vocab_size}",
-            hint="give the checkpoint that the engine was built from",
-        )
-    tokenizer = Tokenizer.from_directory(checkpoint_path)
-    windows, split = _windows(tokenizer.encode(text), engine, checkpoint, plan)
-    report = Report(
-        str(engine_path), str(checkpoint_path), engine.manifest.backend, engine.manifest.dtype, int(windows.size)
+    subject = open_subject(engine, default="engine")
+    other = open_subject(reference, default="transformers")
+    _check_alike(subject, other)
+    _check_possible(subject, other, plan)
+    bounds = Bounds((subject.dtype, other.dtype), list(plan.overrides))
+    context = (
+        min(s.manifest.limits.max_context for s in (subject, other) if s.manifest)
+        if (subject.manifest or other.manifest)
+        else subject.config.max_position_embeddings
     )
-    _check_files(report, engine, checkpoint, plan)
-    _note_what_is_not_exercised(report, engine, checkpoint, windows.shape[1])
-    if plan.length is not None and windows.shape[1] < plan.length:
-        report.notes.append(f"windows are {windows.shape[1]} tokens, the engine's context, not {plan.length}")
-    if len(windows) < plan.windows:
-        report.notes.append(f"the text holds {len(windows)} such windows, not {plan.windows}")
-    reference = Reference(checkpoint_path)
-    report_line(f"{len(windows)} windows of {windows.shape[1]} tokens")
-    expected = np.concatenate([reference.logits(window[None]) for window in windows])
-    size = engine.manifest.limits.max_batch
-    batches = [windows[i : i + size] for i in range(0, len(windows), size)]
-    report_line("prefill")
-    prefilled = _logits(report, "prefill", lambda: np.concatenate([engine.logits(batch) for batch in batches]))
-    if prefilled is not None:
-        _compare("prefill", report, tolerance, expected, prefilled, windows)
-    report_line(f"decoding {windows.shape[1] - split} tokens")
-    rows = np.arange(min(size, max(2, len(windows)))) % len(windows)  # a batch, be it of one window twice
-    decoded = _logits(report, "decode", lambda: engine.logits(windows[rows], decode_from=split)[:, split:])
-    if decoded is not None:
-        _compare("decode", report, tolerance, expected[rows, split:], decoded, windows[rows, split:], first=split)
-        _compare_greedy(report, tolerance, engine, reference, windows[rows[:GREEDY], :split], plan.decode)
+    sequences, notes = make_sequences(plan.inputs, subject, other, context)
+    report = Report(engine, reference, subject.backend, subject.dtype, sum(len(s.tokens) for s in sequences))
+    report.layers, report.notes, report.facts = subject.config.num_hidden_layers, notes, subject.facts
+    check_files(report, subject, other, allow_other=plan.allow_other_files)
+    say(f"{len(sequences)} sequences, {report.tokens} tokens")
+    with _record(other, sequences, plan, say) as recording:
+        look = _Look(report, bounds, subject, other, recording, plan, say)
+        look.run()
+        fill_in(report, subject, other, recording, look.prefill, look.walks)
+    unused = bounds.unused()
+    if unused:
+        raise EngineError(
+            f"tolerance for '{unused[0]}': there is no such module here", hint="modules are called as in the report"
+        )
+    report.notes += bounds.notes()
     return report
 
 
-GREEDY = 3
-"""Sequences that are generated, of three lengths."""
-
-
-def _logits(report: Report, part: str, run: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32] | None:
-    """What the engine computes; None, and a failed check, where that is not finite."""
-    try:
-        return run()
-    except NotFiniteError as error:
-        report.checks.append(Check(f"{part}: logits finite", "no", "all", False, error.hint))
-        return None
-
-
-def _windows(tokens: list[int], engine: Engine, checkpoint: Checkpoint, plan: Plan) -> tuple[Tokens, int]:
-    """``[windows, length]`` of consecutive text, each opened by the text's first token, and the decode length."""
-    context, chunk = engine.manifest.limits.max_context, checkpoint.config.attention_chunk_size
-    wanted = plan.length or min(LONGEST_WINDOW, chunk * 7 // 2 if chunk else LONGEST_WINDOW)
-    length = min(wanted, context)
-    if length < 4:
-        raise EngineError(f"windows of {length} tokens are too short to compare", hint="give a larger --length")
-    count = min(plan.windows, (len(tokens) - 1) // (length - 1))
-    if count < 1:
+def _check_alike(a: Subject, b: Subject) -> None:
+    """Whether the two are of one shape: the rest is for the comparison to find."""
+    for key in (
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_local_experts",
+        "num_key_value_heads",
+        "head_dim",
+    ):
+        mine, theirs = getattr(a.config, key), getattr(b.config, key)
+        if mine != theirs:
+            raise EngineError(
+                f"{a.path}: has {key} {mine}, {b.path} has {theirs}",
+                hint="give the checkpoint that the engine was built from",
+            )
+    if list(a.config.moe_layers) != list(b.config.moe_layers):
         raise EngineError(
-            f"the text has {len(tokens)} tokens, a window takes {length}", hint="give a longer --text or a --length"
+            f"{a.path} and {b.path} have experts in other layers",
+            hint="give the checkpoint that the engine was built from",
         )
-    first, body = tokens[0], tokens[1:]
-    rows = [[first, *body[i * (length - 1) : (i + 1) * (length - 1)]] for i in range(count)]
-    largest = max(max(row) for row in rows)
-    if largest >= checkpoint.config.vocab_size:
-        raise EngineError(
-            f"{checkpoint.path / 'tokenizer.json'}: gives token {largest}, the model's vocabulary ends before it",
-            hint="config.json and tokenizer.json must be of the same checkpoint",
+
+
+def _check_possible(subject: Subject, other: Subject, plan: Plan) -> None:
+    if other.make_stack is None:
+        raise UnsupportedError(
+            f"{other.spec}: a TensorRT plan cannot be run layer by layer, as a reference must be",
+            hint="hold both engines to the checkpoint, or this one as ENGINE to the other",
         )
-    split = max(2, length - plan.decode)
-    edge = 0 if chunk is None else (length - 1) // chunk * chunk
-    return np.array(rows, np.int64), split if edge > split or edge == 0 else max(2, edge - 16)
-
-
-def _check_files(report: Report, engine: Engine, checkpoint: Checkpoint, plan: Plan) -> None:
-    """The reference must read what the engine was built from, or the comparison is of two models."""
-    manifest = engine.manifest
-    if manifest.rewritten_from is not None and manifest.rewritten_from == checkpoint.fingerprint:
-        _check_rewritten(report, engine, checkpoint)
-        return
-    shards = {header.file.name: sha256_of(header.file) for header in checkpoint.headers}
-    same = manifest.checkpoint_fingerprint == checkpoint.fingerprint and manifest.checkpoint_sha256 == shards
-    if same:
-        return
-    detail = "the engine was built from other files than the reference reads"
-    if plan.allow_other_files:
-        report.notes.append(detail)
-    else:
-        report.checks.append(Check("files: the same", "no", "yes", False, detail))
-
-
-def _check_rewritten(report: Report, engine: Engine, checkpoint: Checkpoint) -> None:
-    """Holds an engine's own weights, written anew in another type or layout, to the reference's, value by value."""
-    if not any(name.endswith(".safetensors") for name in engine.manifest.files):
-        report.notes.append(
-            "the engine's weights were rewritten from a checkpoint of the same names, types and shapes; whether from "
-            "these values cannot be seen, for the plan has them in a form of its own"
+    if plan.by_layers and plan.shipped_only:
+        raise UnsupportedError("the engine is to be run whole and never whole", hint="ask for one of the two")
+    if plan.by_layers and subject.make_stack is None:
+        raise UnsupportedError(
+            f"{subject.spec}: a TensorRT plan cannot be run layer by layer", hint="leave out --by-layers"
         )
-        return
-    theirs, ours = dequantised_state(checkpoint.path), dequantised_state(engine.path)
-    types = {stored.entry.dtype for _, stored in match_weights(open_checkpoint(engine.path)).stored()}
-    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
-    narrowed = narrow.get(types.pop()) if len(types) == 1 else None
-    exact = True
-    for name, value in theirs.items():
-        rounded = value if narrowed is None else value.to(narrowed).float()
-        exact = exact and torch.equal(rounded, value)
-        if name not in ours or not torch.equal(ours[name], rounded):
-            detail = f"'{name}' of the engine is not what a rewrite of the reference's gives"
-            report.checks.append(Check("files: the same values", "no", "yes", False, detail))
+    if plan.shipped_only and subject.manifest is None:
+        raise UnsupportedError(f"{subject.spec}: is no engine that is shipped", hint="leave out --shipped-only")
+
+
+def _record(other: Subject, sequences: list[Sequence], plan: Plan, say: Callable[[str], None]) -> Recording:
+    assert other.make_stack is not None
+    return cached_recording(other.make_stack, other.key, sequences, plan.cache, say)
+
+
+class _Look:
+    """The looks at one engine, one after the other."""
+
+    def __init__(
+        self,
+        report: Report,
+        bounds: Bounds,
+        subject: Subject,
+        other: Subject,
+        recording: Recording,
+        plan: Plan,
+        say: Callable[[str], None],
+    ) -> None:
+        self.report, self.bounds, self.subject, self.other = report, bounds, subject, other
+        self.recording, self.plan, self.say = recording, plan, say
+        self.sequences = list(recording.sequences)
+        self.prefill = LogitStatistics()
+        self.walks: list[Walk] = []
+        everything: Masks = [np.ones(len(s.tokens), bool) for s in self.sequences]
+        self.masks = [everything] * (subject.config.num_hidden_layers + 1)
+        if bounds.format == "fp32":
+            self.masks = before_ties(recording, subject.config, bounds)
+
+    def run(self) -> None:
+        """All looks that the plan and the two models allow; fills the report's checks."""
+        whole = self.subject.manifest is not None and not self.plan.by_layers
+        if whole:
+            self._shipped()
+        if not self.plan.shipped_only:
+            if self.subject.make_stack is not None:
+                self._forced(free=not whole)
+            if whole and self.subject.can_be_marked:
+                self._marked()
+            elif whole:
+                self.report.notes.append(
+                    "no layer was looked at: a TensorRT plan shows its inside only if it was built with --mark"
+                )
+        self.report.culprit, self.report.culprit_mode = first_diverging(self.walks)
+        judge_modules(self.report, self.walks)
+
+    def _shipped(self) -> None:
+        """The engine as it is: nothing marked."""
+        engine = self.subject.open()
+        rows = list(range(len(self.sequences)))
+        self.say("the engine as it is: prefill")
+        self._logits_and_cache("prefill", self.prefill, lambda: list(run_whole(engine, self.sequences, rows)), 0)
+        rows, split = self._decoded_rows()
+        self.say(f"the engine as it is: decoding from token {split} on")
+        statistics = LogitStatistics()
+        self._logits_and_cache(
+            "decode", statistics, lambda: list(run_whole(engine, self.sequences, rows, split)), split
+        )
+        self.say("the engine as it is: greedy continuation")
+        try:
+            greedy.compare(
+                self.report,
+                self.bounds,
+                engine,
+                self.other,
+                self.sequences,
+                rows,
+                split,
+                self.plan.decode,
+                self.plan.cache,
+            )
+        except NotFiniteError as error:
+            self.report.checks.append(Check("greedy: logits finite", "no", "all", False, error.hint))
+
+    def _decoded_rows(self) -> tuple[list[int], int]:
+        """The longest sequences, two at least, be it one twice: a batch; and from where on they are decoded."""
+        assert self.subject.manifest is not None
+        size = self.subject.manifest.limits.max_batch
+        order = sorted(range(len(self.sequences)), key=lambda row: -len(self.sequences[row].tokens))
+        longest = len(self.sequences[order[0]].tokens)
+        split = decode_split(self.subject.config, longest, self.plan.decode)
+        rows = [row for row in order[: max(1, size)] if len(self.sequences[row].tokens) > split]
+        return (rows * 2 if len(rows) == 1 and size > 1 else rows), split
+
+    def _logits_and_cache(
+        self, part: str, statistics: LogitStatistics, run: Callable[[], list[WholeRun]], first: int
+    ) -> None:
+        logits = self.recording.logits()
+        try:
+            runs = run()
+        except NotFiniteError as error:
+            self.report.checks.append(Check(f"{part}: logits finite", "no", "all", False, error.hint))
             return
-    report.checks.append(Check("files: the same values", "yes", "yes", True, "rewritten from the reference"))
-    if not exact:
-        report.notes.append(
-            "the rewrite rounded the weights, and the reference has them as they were: hold the engine to the model "
-            "directory to judge the engine alone"
+        for found in runs:
+            statistics.add(found.sequence, logits[found.row], found.logits, first)
+        judge_logits(self.report, part, statistics, self.bounds, [self.masks[-1][found.row] for found in runs])
+        judge_cache(self.report, part, self.recording, runs, self.bounds, self.masks)
+
+    def _forced(self, *, free: bool) -> None:
+        """Layers alone; with ``free`` they also run on their own, and give the logits of the whole."""
+        assert self.subject.make_stack is not None
+        self.say("layers alone, fed the reference's inputs")
+        count = self.subject.config.num_hidden_layers
+        reference = self.recording.logits()
+
+        def on_logits(row: int, logits: Array) -> None:
+            self.prefill.add(self.sequences[row], reference[row], logits)
+
+        self.walks += walk_stack(
+            self.subject.make_stack(),
+            self.recording,
+            self.bounds,
+            free=free,
+            masks=self.masks,
+            on_logits=on_logits,
+            progress=lambda layer: self.say(f"layer {layer + 1} of {count}") if count > 8 else None,
         )
+        if free:
+            judge_logits(self.report, "logits", self.prefill, self.bounds, self.masks[-1])
 
-
-def _note_what_is_not_exercised(report: Report, engine: Engine, checkpoint: Checkpoint, length: int) -> None:
-    config = checkpoint.config
-    if config.attention_chunk_size is not None and length <= config.attention_chunk_size:
-        report.notes.append(
-            f"not exercised: the edge of a chunk ({config.attention_chunk_size} tokens); give a longer --length"
-        )
-    has_nope = 0 in config.no_rope_layers
-    if config.attn_temperature_tuning and has_nope and length < config.floor_scale:
-        report.notes.append(
-            f"not exercised: temperature tuning (from {config.floor_scale:g} tokens on); give a longer --length"
-        )
-
-
-def _compare(
-    part: str,
-    report: Report,
-    tolerance: Tolerance,
-    expected: NDArray[np.float32],
-    actual: NDArray[np.float32],
-    tokens: Tokens,
-    first: int = 0,
-) -> None:
-    """Adds the checks of one part; its tokens are those of the windows from ``first`` on."""
-    if not np.isfinite(actual).all():
-        place = [int(i) for i in np.argwhere(~np.isfinite(actual))[0]]
-        report.checks.append(Check(f"{part}: logits finite", "no", "all", False, f"first at {place}"))
-        return
-    error, place = metrics.worst(expected, actual)
-    where = f"window {place[0]}, token {first + place[1]}, logit {place[2]}"
-    report.at_most(f"{part}: max abs error", error, tolerance.max_abs, where)
-    report.at_most(f"{part}: mean KL", float(np.maximum(0.0, metrics.kl(expected, actual).mean())), tolerance.mean_kl)
-    report.at_least(f"{part}: top-1 agreement", metrics.top1_agreement(expected, actual), tolerance.top1)
-    perplexities = []
-    for logits in (expected, actual):
-        losses = [metrics.negative_log_likelihood(logits[i, :-1], tokens[i, 1:]) for i in range(len(tokens))]
-        perplexities.append(float(np.exp(np.mean(losses))))
-    theirs, ours = perplexities
-    report.at_most(
-        f"{part}: perplexity, relative",
-        abs(ours / theirs - 1),
-        tolerance.perplexity,
-        f"engine {ours:.4f}, reference {theirs:.4f}",
-    )
-
-
-def _compare_greedy(
-    report: Report, tolerance: Tolerance, engine: Engine, reference: Reference, prompts: Tokens, count: int
-) -> None:
-    """Same tokens, or a first difference at a near tie of the reference's best two; prompts of several lengths."""
-    count = min(count, engine.manifest.limits.max_context - prompts.shape[1] + 1)
-    lengths = [max(1, prompts.shape[1] * (GREEDY - i) // GREEDY) for i in range(len(prompts))]
-    batch = engine.generate(prompts, count, lengths, stop=[])
-    for prompt, length, ours in zip(prompts, lengths, batch.tolist(), strict=True):
-        name = f"greedy: {count} tokens after {length}"
-        theirs = reference.generate(prompt[:length].tolist(), count)
-        if ours == theirs:
-            report.checks.append(Check(name, "equal", "equal", True))
-            continue
-        place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        context = np.concatenate([prompt[:length], np.array(theirs[:place], np.int64)])
-        last = np.sort(reference.logits(context[None])[0, -1])
-        margin = float(last[-1] - last[-2])
-        detail = f"engine {ours[place]}, reference {theirs[place]}, margin {margin:.3g}"
-        bound = f"equal, or a margin < {tolerance.tie:g}"
-        report.checks.append(Check(name, f"differ at {place}", bound, margin < tolerance.tie, detail))
+    def _marked(self) -> None:
+        """The whole engine with its values in between, decoding included."""
+        assert self.other.make_stack is not None
+        self.say("the engine marked, and the reference's layers fed its inputs")
+        rows, split = self._decoded_rows()
+        rows = list(dict.fromkeys(rows))
+        try:
+            runs = list(run_whole(self.subject.open(marked=True), self.sequences, rows, split))
+        except NotFiniteError:
+            return  # said before, by the engine as it is
+        self.walks.append(walk_whole(runs, self.recording, self.bounds, self.subject.config, self.masks))
+        self.walks.append(walk_inverse(runs, self.other.make_stack(), self.bounds, lambda layer: None))

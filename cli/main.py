@@ -7,7 +7,6 @@ shuntyard, 130 interrupted.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -17,42 +16,32 @@ from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import shuntyard
+from shuntyard.cli.console import (
+    EXIT_DEFECT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    PATH,
+    emit,
+    one_line,
+    say,
+    stderr,
+    stdout,
+    warn,
+)
+from shuntyard.cli.validation import print_report, validate
 from shuntyard.errors import ShuntyardError
 
 # Rooms are imported inside the commands: `shuntyard --help` need not wait for torch.
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_DEFECT, EXIT_INTERRUPTED = 1, 3, 4, 130
-
-_err = Console(stderr=True, highlight=False)
-_out = Console(highlight=False)
-
 _DTYPE = click.Choice(["fp32", "fp16", "bf16"])
 _RECIPE = click.Choice(["stored", "bf16", "fp8-meta", "fp8", "fp8-all-linear", "int4-experts"])
-_PATH = click.Path(path_type=Path)
-
-
-def _say(line: str) -> None:
-    _err.print(line, style="dim", markup=False)
-
-
-def _warn(line: str) -> None:
-    _err.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
-
-
-def _emit(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2))
-
-
-def _one_line(text: str) -> str:
-    """Names from files are printed as they are written in Python: no control character reaches the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class _Group(click.Group):
@@ -64,22 +53,22 @@ class _Group(click.Group):
         except ShuntyardError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            _err.print(f"error: {_one_line(error.message)}", style="bold red", markup=False, soft_wrap=True)
+            stderr.print(f"error: {one_line(error.message)}", style="bold red", markup=False, soft_wrap=True)
             if error.hint:
-                _err.print(f"hint: {_one_line(error.hint)}", markup=False, soft_wrap=True)
+                stderr.print(f"hint: {one_line(error.hint)}", markup=False, soft_wrap=True)
             ctx.exit(EXIT_REFUSED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001  a script must be able to tell a crash from a failed comparison
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            _err.print(
-                f"error: unexpected {type(error).__name__}: {_one_line(str(error))}", markup=False, soft_wrap=True
+            stderr.print(
+                f"error: unexpected {type(error).__name__}: {one_line(str(error))}", markup=False, soft_wrap=True
             )
-            _err.print("hint: this is a defect of shuntyard; shuntyard --debug shows where", markup=False)
+            stderr.print("hint: this is a defect of shuntyard; shuntyard --debug shows where", markup=False)
             ctx.exit(EXIT_DEFECT)
         except KeyboardInterrupt:
-            _err.print("interrupted")
+            stderr.print("interrupted")
             sys.stdout.flush()
             # An interrupt that passes through exec() marks the process (CPython's unhandled_keyboard_interrupt), which
             # then kills itself at its end, though the interrupt was handled. All is tidied up: every block was left.
@@ -94,8 +83,8 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@click.argument("ckpt", type=_PATH)
-@click.argument("out", type=_PATH)
+@click.argument("ckpt", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--dtype", type=_DTYPE, default="fp32", show_default=True, help="Compute type; build can change it.")
 @click.option("--copy", is_flag=True, help="Copy the shards where hard links are impossible.")
 @click.option("--check-values", is_flag=True, help="Read all weights and refuse NaN and infinity.")
@@ -120,9 +109,9 @@ def export(ckpt: Path, out: Path, weights: str | None, experts: str | None, as_j
         def progress(_tensor: str, done: int, total: int) -> None:
             update("writing weights", done, total)
 
-        result = run(ckpt, out, **asked, relayout=relayout, report=_say, progress=progress)
+        result = run(ckpt, out, **asked, relayout=relayout, report=say, progress=progress)
     if as_json:
-        _emit(result.as_dict())
+        emit(result.as_dict())
     else:
         click.echo(
             f"{result.path}: {result.tensors} tensors, {result.bytes_linked:,} bytes linked, "
@@ -154,7 +143,7 @@ def _progress() -> Iterator[Any]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bars:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(phase: str, done: int, total: int) -> None:
@@ -166,8 +155,8 @@ def _progress() -> Iterator[Any]:
 
 
 @main.command()
-@click.argument("model", type=_PATH)
-@click.argument("engine", type=_PATH)
+@click.argument("model", type=PATH)
+@click.argument("engine", type=PATH)
 @click.option(
     "--backend",
     type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
@@ -197,9 +186,9 @@ def build(
 
     request = Request(backend=backend, dtype=dtype, gpu=gpu, max_batch=max_batch, max_context=max_context, copy=copy)
     with _progress() as update:
-        manifest = run(model, engine, request, Reporter(_say, _warn, update))
+        manifest = run(model, engine, request, Reporter(say, warn, update))
     if as_json:
-        _emit(json_ready(manifest))
+        emit(json_ready(manifest))
     else:
         plugins = ", ".join(f"{count} {name}" for name, count in manifest.plugins.items())
         click.echo(
@@ -209,61 +198,7 @@ def build(
 
 
 @main.command()
-@click.argument("engine", type=_PATH)
-@click.option("--reference", type=_PATH, required=True, help="Checkpoint that transformers loads in fp32.")
-@click.option("--text", type=_PATH, help="UTF-8 text.  [default: the miniature's held-out text]")
-@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Windows of the text.")
-@click.option("--length", type=click.IntRange(4), help="Tokens a window.  [default: 3.5 chunks, at most 512]")
-@click.option("--allow-other-files", is_flag=True, help="Compare with files that the engine was not built from.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def validate(
-    engine: Path,
-    reference: Path,
-    text: Path | None,
-    windows: int,
-    length: int | None,
-    allow_other_files: bool,
-    as_json: bool,
-) -> None:
-    """Hold ENGINE to the PyTorch reference; exit status 1 when a check fails."""
-    from shuntyard.validate.demo import held_out_text, read_text
-    from shuntyard.validate.validate import Plan
-    from shuntyard.validate.validate import validate as run
-
-    content = held_out_text() if text is None else read_text(text)
-    report = run(
-        engine, reference, content, Plan(windows=windows, length=length, allow_other_files=allow_other_files), _say
-    )
-    if as_json:
-        _emit(report.as_dict())
-    else:
-        _print_report(report)
-    if not report.passed:
-        sys.exit(EXIT_FAILED)
-
-
-def _print_report(report: Any) -> None:
-    table = Table(title=escape(f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}"))
-    for column in ("", "check", "value", "bound", "", "where"):
-        table.add_column(column, overflow="fold")
-    marks = {True: "[green]ok", False: "[bold red]FAIL", None: "not judged"}
-    last = ""
-    for check in report.checks:
-        part, name = check.name.split(": ", 1)
-        value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
-        mark = marks[check.ok]
-        table.add_row(
-            "" if part == last else part, escape(name), escape(value), check.bound, mark, escape(check.detail)
-        )
-        last = part
-    _out.print(table)
-    for note in report.notes:
-        _out.print(f"note: {note}", markup=False)
-    _out.print("[bold green]passed" if report.passed else "[bold red]FAILED")
-
-
-@main.command()
-@click.argument("engine", type=_PATH)
+@click.argument("engine", type=PATH)
 @click.option("--prompt", required=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Prompt and new tokens as JSON on stdout.")
@@ -285,13 +220,13 @@ def run(engine: Path, prompt: str, max_new_tokens: int, as_json: bool) -> None:
             click.echo(text[len(shown) :], nl=False)
             shown = text
     if as_json:
-        _emit({"prompt_tokens": ids, "new_tokens": new, "text": tokenizer.decode(new)})
+        emit({"prompt_tokens": ids, "new_tokens": new, "text": tokenizer.decode(new)})
     else:
         click.echo(tokenizer.decode(new)[len(shown) :])
 
 
 @main.command()
-@click.argument("path", type=_PATH)
+@click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Everything, with numbers as numbers, as JSON on stdout.")
 def inspect(path: Path, as_json: bool) -> None:
     """Say what a checkpoint, model or engine directory is."""
@@ -299,7 +234,7 @@ def inspect(path: Path, as_json: bool) -> None:
     from shuntyard.engines.inspect import inspect_data
 
     if as_json:
-        _emit(inspect_data(path))
+        emit(inspect_data(path))
         return
     facts = run(path)
     table = Table(show_header=False, title=escape(f"{facts.pop('kind')} {facts.pop('path')}"), title_justify="left")
@@ -311,7 +246,7 @@ def inspect(path: Path, as_json: bool) -> None:
         if isinstance(value, list):
             value = "\n".join(map(str, value)) or "none"
         table.add_row(name, escape(str(value)))
-    _out.print(table)
+    stdout.print(table)
 
 
 class _Tokens(click.ParamType[int]):
@@ -327,7 +262,7 @@ class _Tokens(click.ParamType[int]):
 
 
 @main.command()
-@click.argument("ckpt", type=_PATH)
+@click.argument("ckpt", type=PATH)
 @click.option("--gpu", default="h100", show_default=True, help="A name, or what there is to use, as 44.5GiB.")
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that share the engine.")
 @click.option("--context", type=_Tokens(), help="As 8192, 128k or 1M.  [default: the model's, at most 8192]")
@@ -345,7 +280,7 @@ def plan(ckpt: Path, as_json: bool, reserve: int, **asked: Any) -> None:
 
     answer = run(ckpt, Request(reserve=reserve * 2**20, **asked))
     if as_json:
-        _emit(answer.as_dict())
+        emit(answer.as_dict())
     else:
         _print_plan(answer)
     if not answer.fits:
@@ -355,32 +290,32 @@ def plan(ckpt: Path, as_json: bool, reserve: int, **asked: Any) -> None:
 def _print_plan(answer: Any) -> None:
     from shuntyard.engines.plan import words
 
-    _out.print(_one_line(answer.model.path.absolute().name), style="bold", markup=False)
-    _out.print(words.heading(answer), markup=False)
+    stdout.print(one_line(answer.model.path.absolute().name), style="bold", markup=False)
+    stdout.print(words.heading(answer), markup=False)
     for rows, right in ((words.weight_rows(answer), (1, 3, 5)), (words.budget_rows(answer), (2,))):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, width=min(_out.width, 80))
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, width=min(stdout.width, 80))
         for i, column in enumerate(next(rows)):
-            is_number, is_name = i in right, i != 1 and _out.width >= 80
+            is_number, is_name = i in right, i != 1 and stdout.width >= 80
             justify: Any = "right" if is_number else "left"
             table.add_column(column, justify=justify, no_wrap=is_number or is_name, overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row), style="bold" if row[0] in words.SUMS else None)
-        _out.print(table)
-    _out.print(words.verdict(answer), style="bold green" if answer.fits else "bold red", markup=False)
+        stdout.print(table)
+    stdout.print(words.verdict(answer), style="bold green" if answer.fits else "bold red", markup=False)
     if answer.nearest:
-        _out.print("what would fit, the least loss first:")
+        stdout.print("what would fit, the least loss first:")
         table = Table.grid(padding=(0, 0, 0, 2))
         for i in range(3):
             table.add_column(justify="right" if i == 1 else "left", no_wrap=i < 2)
         for row in words.options(answer):
             table.add_row(*map(escape, row))
-        _out.print(Padding(table, (0, 0, 0, 2)))
+        stdout.print(Padding(table, (0, 0, 0, 2)))
     for remark in words.remarks(answer):
-        _out.print(remark, markup=False)
+        stdout.print(remark, markup=False)
 
 
 @main.command()
-@click.argument("out", type=_PATH, default=Path("demo-output"))
+@click.argument("out", type=PATH, default=Path("demo-output"))
 @click.option("--json", "as_json", is_flag=True, help="Report and engines as JSON on stdout.")
 def demo(out: Path, as_json: bool) -> None:
     """Export, build and validate the trained miniature into the new directory OUT."""
@@ -388,22 +323,21 @@ def demo(out: Path, as_json: bool) -> None:
     from shuntyard.validate.demo import run_demo
 
     with _progress() as update:
-        result = run_demo(out, Reporter(_say, _warn, update))
+        result = run_demo(out, Reporter(say, warn, update))
     if as_json:
-        _emit(result.as_dict())
+        emit(result.as_dict())
     else:
-        _print_report(result.report)
+        print_report(result.report)
         table = Table(title="engines", title_justify="left")
         for column in ("engine", "target", "type", "plugin layers in the plan"):
             table.add_column(column)
         for row in result.engines:
             table.add_row(*map(escape, row))
-        _out.print(table)
+        stdout.print(table)
         for note in result.notes:
-            _out.print(f"note: {note}", markup=False)
+            stdout.print(f"note: {note}", markup=False)
     if not result.report.passed:
         sys.exit(EXIT_FAILED)
 
 
-if __name__ == "__main__":
-    main()
+main.add_command(validate)

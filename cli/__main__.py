@@ -1,0 +1,5 @@
+"""``python -m shuntyard.cli``."""
+
+from shuntyard.cli.main import main
+
+main()

@@ -1,0 +1,54 @@
+"""Whether two models have the same weights: a comparison of two checkpoints says nothing about an engine."""
+
+from __future__ import annotations
+
+import torch
+
+from shuntyard.exporter.checkpoint import open_checkpoint
+from shuntyard.exporter.weights import match_weights
+from shuntyard.validate.dequantise import dequantised_state
+from shuntyard.validate.report import Check, Report
+from shuntyard.validate.subjects import Subject
+
+
+def check_files(report: Report, engine: Subject, reference: Subject, *, allow_other: bool) -> None:
+    """Adds a failed check, or with ``allow_other`` a note, where the weights' files differ."""
+    mine, theirs = engine.identity, reference.identity
+    if mine.rewritten_from is not None and mine.rewritten_from == theirs.fingerprint:
+        _check_rewritten(report, engine, reference)
+        return
+    if mine.fingerprint == theirs.fingerprint and mine.shards == theirs.shards:
+        return
+    detail = "the engine was built from other files than the reference reads"
+    if allow_other:
+        report.notes.append(detail)
+    else:
+        report.checks.append(Check("files: the same", "no", "yes", False, detail))
+
+
+def _check_rewritten(report: Report, engine: Subject, reference: Subject) -> None:
+    """Holds an engine's own weights, written anew in another type or layout, to the reference's, value by value."""
+    if not any(path.suffix == ".safetensors" for path in engine.path.iterdir()):
+        report.notes.append(
+            "the engine's weights were rewritten from a checkpoint of the same names, types and shapes; whether from "
+            "these values cannot be seen, for the plan has them in a form of its own"
+        )
+        return
+    theirs, ours = dequantised_state(reference.path), dequantised_state(engine.path)
+    types = {stored.entry.dtype for _, stored in match_weights(open_checkpoint(engine.path)).stored()}
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
+    narrowed = narrow.get(types.pop()) if len(types) == 1 else None
+    exact = True
+    for name, value in theirs.items():
+        rounded = value if narrowed is None else value.to(narrowed).float()
+        exact = exact and torch.equal(rounded, value)
+        if name not in ours or not torch.equal(ours[name], rounded):
+            detail = f"'{name}' of the engine is not what a rewrite of the reference's gives"
+            report.checks.append(Check("files: the same values", "no", "yes", False, detail))
+            return
+    report.checks.append(Check("files: the same values", "yes", "yes", True, "rewritten from the reference"))
+    if not exact:
+        report.notes.append(
+            "the rewrite rounded the weights, and the reference has them as they were: hold the engine to the model "
+            "directory to judge the engine alone"
+        )

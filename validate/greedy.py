@@ -1,0 +1,59 @@
+"""Greedy continuation: where the engine's tokens part from the reference's, and whether at a near tie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from pathlib import Path
+
+import numpy as np
+
+from shuntyard.engines.engine import Engine
+from shuntyard.validate.bounds import Bounds
+from shuntyard.validate.record import cached_recording
+from shuntyard.validate.report import Check, Report
+from shuntyard.validate.subjects import Subject
+from shuntyard.validate.values import Sequence
+
+PROMPTS = 3
+"""Sequences that are continued, of three lengths."""
+
+
+def compare(
+    report: Report,
+    bounds: Bounds,
+    engine: Engine,
+    reference: Subject,
+    sequences: Many[Sequence],
+    rows: Many[int],
+    split: int,
+    count: int,
+    cache: Path | None,
+) -> None:
+    """Same tokens, or a first difference at a near tie of the reference's best two; adds a check for each prompt.
+
+    The reference need not generate: run once over prompt and continuation, it says at each place what it would have
+    chosen, and up to the first difference that is what it has before it.
+    """
+    count = min(count, engine.manifest.limits.max_context - split + 1)
+    chosen = [sequences[row].tokens for row in rows[:PROMPTS]]
+    lengths = [max(1, split * (PROMPTS - i) // PROMPTS) for i in range(len(chosen))]
+    new = engine.generate(np.stack([tokens[:split] for tokens in chosen]), count, lengths, stop=[])
+    whole = [
+        Sequence(f"greedy {i}", np.concatenate([tokens[:n], ours[:-1]]))
+        for i, (tokens, n, ours) in enumerate(zip(chosen, lengths, new, strict=True))
+    ]
+    assert reference.make_stack is not None
+    with cached_recording(reference.make_stack, reference.key, whole, cache) as recording:
+        for n, ours, logits in zip(lengths, new, recording.logits(), strict=True):
+            name = f"greedy: {count} tokens after {n}"
+            scored = np.asarray(logits[n - 1 : n - 1 + count])
+            theirs = scored.argmax(1)
+            if (theirs == ours).all():
+                report.checks.append(Check(name, "equal", "equal", True))
+                continue
+            place = int((theirs != ours).argmax())
+            last = np.sort(scored[place])
+            margin = float(last[-1] - last[-2])
+            detail = f"engine {int(ours[place])}, reference {int(theirs[place])}, margin {margin:.3g}"
+            bound = f"equal, or a margin < {bounds.whole.tie:g}"
+            report.checks.append(Check(name, f"differ at {place}", bound, margin < bounds.whole.tie, detail))

@@ -1,0 +1,88 @@
+"""Which sequences a validation runs: windows of a text, built-in sets, and token ids from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shuntyard.engines.text import Tokenizer
+from shuntyard.errors import EngineError
+from shuntyard.exporter.config import Llama4Config
+from shuntyard.validate import prompts
+from shuntyard.validate.one_way import one_way
+from shuntyard.validate.subjects import Subject
+from shuntyard.validate.values import Sequence
+
+LONGEST_WINDOW = 512
+"""Default bound on a window: the reference runs every expert on every token."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user asked for. A text is used when it is given, or when nothing else is."""
+
+    text: str | None = None
+    windows: int = 8
+    length: int | None = None  # tokens of a window; default 3.5 chunks, at most LONGEST_WINDOW and the context
+    sets: tuple[str, ...] = ()  # of prompts.BUILT_IN
+    tokens: Path | None = None  # JSONL
+
+
+def make_sequences(
+    asked: Inputs, subject: Subject, reference: Subject, context: int
+) -> tuple[list[Sequence], list[str]]:
+    """The sequences and what there is to say about them.
+
+    Raises:
+        EngineError: there are none, or they do not fit the engine.
+        CheckpointError: a text is to be read and there is no tokenizer.
+    """
+    config = subject.config
+    found: list[Sequence] = []
+    notes: list[str] = []
+    if asked.text is not None:
+        length = min(asked.length or _default_length(config), context)
+        if length < 4:
+            raise EngineError(f"windows of {length} tokens are too short to compare", hint="give a larger --length")
+        if asked.length is not None and length < asked.length:
+            notes.append(f"windows are {length} tokens, the engine's context, not {asked.length}")
+        tokenizer = Tokenizer.from_directory(reference.path)
+        windows = prompts.from_text(
+            asked.text, tokenizer, windows=asked.windows, length=length, vocab_size=config.vocab_size
+        )
+        if len(windows) < asked.windows:
+            notes.append(f"the text holds {len(windows)} such windows, not {asked.windows}")
+        found += windows
+    if asked.sets:
+        words = Tokenizer.from_directory(reference.path).encode(asked.text) if asked.text is not None else None
+        stack = reference.make_stack() if reference.make_stack and "adversarial" in asked.sets else None
+        made, said = prompts.built_in(
+            asked.sets,
+            config,
+            longest=context,
+            text_tokens=words,
+            pick_one_way=None if stack is None else lambda length: one_way(stack, length),
+        )
+        found += made
+        notes += said
+    if asked.tokens is not None:
+        found += prompts.from_jsonl(asked.tokens, config.vocab_size, context)
+    if not found:
+        raise EngineError("there is nothing to compare on", hint="give --text, --prompts or --tokens")
+    notes += prompts.not_exercised(config, found)
+    return found, notes
+
+
+def _default_length(config: Llama4Config) -> int:
+    chunk = config.attention_chunk_size
+    return min(LONGEST_WINDOW, chunk * 7 // 2 if chunk else LONGEST_WINDOW)
+
+
+def excerpt(tokenizer: Tokenizer | None, tokens: list[int], place: int, around: int = 12) -> tuple[str, str, str]:
+    """The text before, of and behind a token; token ids where there is no tokenizer."""
+
+    def words(ids: list[int]) -> str:
+        return tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+
+    text = words(tokens[place : place + 1]) or f"<{tokens[place]}>"
+    return words(tokens[max(0, place - around) : place]), text, words(tokens[place + 1 : place + 1 + around])

@@ -1,0 +1,166 @@
+"""Turns statistics of logits and of caches into checks of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shuntyard.validate.bounds import Bounds, over
+from shuntyard.validate.layers import Masks, Walk
+from shuntyard.validate.logits import LogitStatistics
+from shuntyard.validate.modules import compare_module
+from shuntyard.validate.record import Recording
+from shuntyard.validate.report import Check, Module, Report
+from shuntyard.validate.values import module_name
+from shuntyard.validate.whole import WholeRun
+
+HEAD = "logits"
+
+
+def judge_logits(
+    report: Report, part: str, statistics: LogitStatistics, bounds: Bounds, keep: Many[NDArray[np.bool_]]
+) -> None:
+    """Adds the checks of one part; ``keep [S]`` of each sequence says which tokens count."""
+    whole = bounds.whole
+    masks = [k[s.first : s.first + len(s.kl)] for k, s in zip(keep, statistics.sequences, strict=True)]
+    total, counted = sum(len(m) for m in masks), sum(int(m.sum()) for m in masks)
+    if counted < total:
+        report.notes.append(
+            f"{part}: {total - counted} of {total} tokens are left out: the reference's experts nearly tied before"
+        )
+    if not counted:
+        report.notes.append(f"{part}: no token is left to judge the logits by; the modules' bounds decide")
+        return
+
+    def over_tokens(name: str) -> NDArray[np.float64]:
+        return np.concatenate([getattr(s, name)[m] for s, m in zip(statistics.sequences, masks, strict=True)])
+
+    off = np.concatenate([np.where(m, s.max_abs, -1.0) for s, m in zip(statistics.sequences, masks, strict=True)])
+    flat, owner = int(off.argmax()), np.repeat(np.arange(len(masks)), [len(m) for m in masks])
+    worst = statistics.sequences[int(owner[flat])]
+    token = flat - sum(len(m) for m in masks[: int(owner[flat])])
+    where = f"sequence '{worst.sequence.label}', token {worst.first + token}, logit {int(worst.worst[token])}"
+    # Logits of ten are rounded ten times as coarsely as those of one.
+    scale = max(1.0, float(np.sqrt(np.mean(over_tokens("rms") ** 2))))
+    report.at_most(
+        f"{part}: max abs error",
+        float(off.max()),
+        None if whole.max_abs is None else whole.max_abs * scale,
+        where,
+        HEAD,
+    )
+    report.at_most(f"{part}: relative error", float(over_tokens("relative").max()), None, module=HEAD)
+    report.at_most(f"{part}: cosine distance", float(over_tokens("cosine").max()), None, module=HEAD)
+    report.at_most(f"{part}: mean KL", float(over_tokens("kl").mean()), whole.mean_kl, module=HEAD)
+    report.at_least(f"{part}: top-1 agreement", float(over_tokens("top1").mean()), whole.top1, module=HEAD)
+    report.at_most(f"{part}: top-5 disagreement", float(1 - over_tokens("top5").mean()), None, module=HEAD)
+    losses = over_tokens("nll"), over_tokens("nll_reference")
+    if not np.isnan(losses[0]).all():
+        ours, theirs = (float(np.exp(np.nanmean(loss))) for loss in losses)
+        report.at_most(
+            f"{part}: perplexity, relative",
+            abs(ours / theirs - 1),
+            whole.perplexity,
+            f"engine {ours:.4f}, reference {theirs:.4f}",
+            HEAD,
+        )
+
+
+MODES = {
+    "forced": "fed the reference's input",
+    "inverse": "against the reference's layer, fed the engine's input",
+    "free": "free-running",
+}
+
+
+def judge_cache(
+    report: Report, part: str, recording: Recording, runs: Many[WholeRun], bounds: Bounds, masks: list[Masks]
+) -> None:
+    """Adds a check of what the running engine's KV cache holds: the worst layer, or the first that is out of bounds."""
+    sequences = [run.sequence for run in runs]
+    worst: Module | None = None
+    for layer in range(report.layers):
+        expected = recording.layer(layer)
+        for name in ("self_attn.key", "self_attn.value"):
+            module, _ = compare_module(
+                module_name(layer, name),
+                layer,
+                name,
+                "free",
+                bounds,
+                sequences,
+                [values for run in runs if (values := expected[run.row].part(name)) is not None],
+                [(run.keys if name.endswith("key") else run.values)[layer] for run in runs],
+                [masks[layer][run.row] for run in runs],
+            )
+            if worst is None or module.relative > worst.relative:
+                worst = module
+            if bounds.whole.kv is not None and not module.relative <= bounds.whole.kv:
+                worst = module
+                break
+        else:
+            continue
+        break
+    if worst is not None:
+        detail = f"{worst.module}: {worst.where}"
+        report.at_most(f"{part}: KV cache, relative", worst.relative, bounds.whole.kv, detail, worst.module)
+
+
+def judge_modules(report: Report, walks: Many[Walk]) -> None:
+    """Adds a check for each kind of module, its worst layer standing for it, and one for each that is out of bounds."""
+    for walk in walks:
+        failed = [module for module in walk.modules if module.ok is False]
+        kinds = dict.fromkeys(module.part for module in walk.modules)
+        for kind in kinds:
+            own = [module for module in walk.modules if module.part == kind and module.tokens]
+            if not own or any(module.ok is False for module in own):
+                continue
+            _add(report, walk.mode, kind or "layer", max(own, key=_excess))
+        for module in failed:
+            _add(report, walk.mode, module.module, module)
+        _judge_flips(report, walk)
+
+
+def _excess(module: Module) -> float:
+    bounded = [(module.relative, module.relative_bound), (module.coordinate, module.coordinate_bound)]
+    return max(over(value, bound) if bound is not None else value for value, bound in bounded)
+
+
+def _add(report: Report, mode: str, name: str, module: Module) -> None:
+    """The metric that is furthest from its bound."""
+    relative = over(module.relative, module.relative_bound) >= over(module.coordinate, module.coordinate_bound)
+    metric, value, bound = (
+        ("relative", module.relative, module.relative_bound)
+        if relative
+        else ("coordinate", module.coordinate, module.coordinate_bound)
+    )
+    report.at_most(f"{mode}: {name}, {metric}", value, bound, f"{module.module}: {module.where}", module.module)
+
+
+def _judge_flips(report: Report, walk: Walk) -> None:
+    """Margins of flips; free-running ones follow from errors elsewhere and are counted only."""
+    routed = [c.routing for c in walk.comparisons if c.routing is not None]
+    if not routed:
+        return
+    tokens, flips = sum(r.tokens for r in routed), sum(r.flips for r in routed)
+    agreement = 1 - flips / max(1, tokens)
+    report.checks.append(
+        Check(f"{walk.mode}: routing agreement", agreement, "-", None, f"{flips} of {tokens} choices differ")
+    )
+    if walk.mode == "free":
+        return
+    every = [flip for c in walk.comparisons for flip in c.flips]
+    if not every:
+        return
+    worst = max(every, key=lambda flip: flip.margin / flip.bound if flip.bound else flip.margin)
+    module = module_name(worst.layer, "feed_forward.router")
+    report.at_most(
+        f"{walk.mode}: margin of the worst flip",
+        worst.margin,
+        worst.bound,
+        f"{module}: sequence '{worst.sequence}', token {worst.token}, experts {worst.reference} became {worst.engine}",
+        module,
+    )
+    report.at_most(f"{walk.mode}: score error", max(r.score_error for r in routed), None, module="")
