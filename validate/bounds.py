@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shuntyard.errors import EngineError
-from shuntyard.validate.tolerances import FORCED, ORDER, TOLERANCES, Tolerance
+from shuntyard.validate.tolerances import MARGIN, MODULES, ORDER, ROUNDINGS, TOLERANCES, Tolerance
 
 WHOLE = "logits"
 MODULE_METRICS = ("relative", "coordinate", "margin")
@@ -91,13 +91,11 @@ class Bounds:
 
     def module(self, module: str, part: str, mode: str) -> tuple[float | None, float | None]:
         """Bounds on ``relative`` and ``coordinate``; mode "free" is wider, or not judged."""
-        table = FORCED[self.format]
-        factor = table.free if mode == "free" else 1.0
-        own = table.part(part)
-        found: list[float | None] = [
-            None if factor is None else own.relative * factor,
-            None if factor is None else own.coordinate * factor,
-        ]
+        rounding, own = ROUNDINGS[self.format], MODULES[part]
+        factor = rounding.free if mode == "free" else 1.0
+        found: list[float | None] = [None, None]
+        if factor is not None:
+            found = [own.relative * rounding.unit * factor, own.coordinate * rounding.unit * factor]
         for i, override in enumerate(self._overrides):
             if override.module != WHOLE and fnmatchcase(module, override.module) and override.metric != "margin":
                 self._used.add(i)
@@ -109,7 +107,7 @@ class Bounds:
 
     def margin(self, module: str) -> float:
         """Bound on a flip's margin, by the root mean square of the token's router logits."""
-        bound = FORCED[self.format].margin
+        bound = MARGIN * ROUNDINGS[self.format].unit
         for i, override in enumerate(self._overrides):
             if override.metric == "margin" and fnmatchcase(module, override.module):
                 self._used.add(i)

@@ -1,19 +1,21 @@
-"""Weights of a quantised checkpoint in fp32, for the reference, which cannot read them itself.
+"""Weights of a checkpoint in fp32, for the reference, tensor by tensor as they are asked for.
 
 Written apart from the exporter, in torch and by the safetensors library, so that the two check each other. transformers
-5.24 is no reference for these files: it reads ModelOpt's FP8 numbers without their scales, rounds what
+5.24 is no reference for quantised files: it reads ModelOpt's FP8 numbers without their scales, rounds what
 compressed-tensors dequantises to the scale's bf16, or quantises activations too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shuntyard.errors import CheckpointError
@@ -29,6 +31,14 @@ NOT_WEIGHTS = (
     ".rotary_emb.freqs",
 )
 
+PIECE = 2**23
+"""Values that are read at once: 32 MiB of them in fp32. A piece's file is opened anew, for the safetensors library maps
+the whole file, and pages that were read stay with the process until the map is closed."""
+
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+Index = tuple[slice, ...]
+
 
 def text_config(checkpoint: Path) -> dict[str, Any]:
     """The text model's part of ``config.json``, for transformers' ``Llama4TextConfig``."""
@@ -38,26 +48,210 @@ def text_config(checkpoint: Path) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in beside}
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A tensor in its file, under the file's name for it."""
+
+    file: Path
+    name: str
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+
+    def read(self, index: Index = ()) -> Tensor:
+        """A copy of some of its values; no page of the file is held afterwards."""
+        with safe_open(self.file, framework="pt") as stream:
+            values: Tensor = stream.get_tensor(self.name)[index].clone()
+        return values
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter, or one expert's matrix: numbers, and the scale that they are of where there is one."""
+
+    numbers: _Place
+    scale: _Place | None = None
+    packed: bool = False  # eight INT4 numbers in an int32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rows, last = self.numbers.shape
+        return (*rows, 8 * last) if self.packed else self.numbers.shape
+
+    def is_scaled_right(self) -> bool:
+        """Whether the scale's shape is one that is understood."""
+        scale = () if self.scale is None else self.scale.shape
+        if self.packed:
+            rows, groups = scale if len(scale) == 2 else (0, 0)
+            return len(self.shape) == 2 and rows == self.shape[0] and groups > 0 and self.shape[1] % groups == 0
+        return math.prod(scale) in (1, *self.shape[:1])
+
+    def read(self, into: Tensor) -> None:
+        """Writes the values, in fp32, into a tensor (or a transposed view) of its shape."""
+        scale = None if self.scale is None else self.scale.read()
+        for index in _pieces(self.numbers.shape):
+            numbers = self.numbers.read(index)
+            if scale is None:
+                into[index] = numbers.float()
+                continue
+            own = scale[index[0]] if scale.numel() > 1 else scale
+            into[index[:1] if self.packed else index] = (
+                _int4(numbers, own) if self.packed else numbers.float() * _against(own, numbers)
+            )
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[Index]:
+    """Cuts a tensor along its first axis, and where one row of that is much already, along the second too."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    if row > PIECE and len(shape) > 1:
+        for i in range(shape[0]):
+            for rest in _pieces(shape[1:]):
+                yield (slice(i, i + 1), *rest)
+        return
+    step = max(1, PIECE // max(row, 1))
+    for i in range(0, shape[0], step):
+        yield (slice(i, min(i + step, shape[0])),)
+
+
+class DequantisedCheckpoint:
+    """The text model's weights in fp32, under the names of transformers' ``Llama4ForCausalLM``, experts fused.
+
+    Headers are read once; values when they are asked for, in pieces, so that memory is that of what is given.
+
+    Attributes:
+        shapes: every parameter's shape, by name.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor is left over that is no weight; names it.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._path = checkpoint
+        matrices = self._weights(self._places())
+        self._experts = self._stacks(matrices)
+        own = {name for stack in self._experts.values() for name in stack}
+        self._plain = {name: weight for name, weight in matrices.items() if name not in own}
+        self.shapes: dict[str, tuple[int, ...]] = {name: weight.shape for name, weight in self._plain.items()}
+        for module, stack in self._experts.items():
+            count, (width, hidden) = len(stack) // len(EXPERT_PARTS), stack[f"{module}.0.gate_proj.weight"].shape
+            self.shapes[f"{module}.gate_up_proj"] = (count, hidden, 2 * width)
+            self.shapes[f"{module}.down_proj"] = (count, width, hidden)
+
+    def outer(self, name: str) -> Tensor:
+        """One parameter, such as ``model.norm.weight``."""
+        module, _, part = name.rpartition(".")
+        if module in self._experts:
+            return self._stack(module, part)
+        tensor = torch.empty(self.shapes[name])
+        self._plain[name].read(tensor)
+        return tensor
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A layer's parameters, by their names below ``model.layers.INDEX.``."""
+        prefix = f"model.layers.{index}."
+        return {name.removeprefix(prefix): self.outer(name) for name in self.shapes if name.startswith(prefix)}
+
+    def _places(self) -> dict[str, _Place]:
+        """The text model's tensors, by their names without a prefix."""
+        places: dict[str, _Place] = {}
+        for file in _files(self._path):
+            try:
+                with safe_open(file, framework="pt") as stream:
+                    slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118  it is no dict
+                    found = [_Place(file, n, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()]
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file}: cannot be read: {error}", hint="download the file again") from error
+            for place in found:
+                if place.name.startswith(IMAGES):
+                    continue
+                name = place.name.removeprefix("language_model.")
+                if name in places:
+                    raise CheckpointError(
+                        f"{self._path}: tensor '{name}' is there twice, in {places[name].file.name} and {file.name}",
+                        hint="the shards are of different checkpoints; download them again",
+                    )
+                places[name] = place
+        return places
+
+    def _weights(self, places: Mapping[str, _Place]) -> dict[str, _Weight]:
+        """What has values of its own, each with its scale. Every tensor is used, or known to be no weight."""
+        weights: dict[str, _Weight] = {}
+        scales: set[str] = set()
+        for name, place in places.items():
+            if name.endswith((*NOT_WEIGHTS, "_scale")):
+                continue
+            module = name.removesuffix(".weight_packed")
+            packed = module != name
+            beside = f"{module}.weight_scale" if packed else _scale_name(name)
+            scale = places.get(beside)
+            if scale is None and place.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise CheckpointError(
+                    f"{self._path}: tensor '{name}' is {place.read((slice(0),) * bool(place.shape)).dtype} "
+                    "without a scale",
+                    hint="export it",
+                )
+            weight = _Weight(place, scale, packed)
+            if not weight.is_scaled_right():
+                raise CheckpointError(
+                    f"{self._path}: tensor '{beside}' does not fit '{name}' of shape {list(place.shape)}",
+                    hint="one scale, one for each row, or of INT4 one for each group of each row",
+                )
+            weights[f"{module}.weight" if packed else name] = weight
+            scales.add(beside)
+        left = [n for n in places if n.endswith("_scale") and not n.endswith(NOT_WEIGHTS) and n not in scales]
+        if left:
+            raise CheckpointError(
+                f"{self._path}: tensor '{left[0]}' is a scale without its weight", hint="download the shards again"
+            )
+        return weights
+
+    def _stacks(self, matrices: Mapping[str, _Weight]) -> dict[str, dict[str, _Weight]]:
+        """Experts that are stored one by one: module -> their matrices ``[out, in]``, by full name."""
+        stacks: dict[str, dict[str, _Weight]] = {}
+        for name, weight in matrices.items():
+            module, dot, rest = name.partition(".experts.")
+            if dot and rest.split(".")[0].isdigit():
+                stacks.setdefault(f"{module}.experts", {})[name] = weight
+        for module, stack in stacks.items():
+            count = 1 + max(int(name.removeprefix(f"{module}.").split(".")[0]) for name in stack)
+            # No more than there are: a number in a name is no reason to make a list of that length.
+            wanted = {f"{module}.{e}.{part}.weight" for e in range(min(count, len(stack))) for part in EXPERT_PARTS}
+            both = {f"{module}.gate_up_proj", f"{module}.down_proj"} & matrices.keys()
+            odd = sorted(wanted ^ stack.keys()) or sorted(both)
+            if odd:
+                raise CheckpointError(
+                    f"{self._path}: tensor '{odd[0]}' is {'missing' if odd[0] in wanted else 'not understood'}",
+                    hint=f"each of {module} has three matrices, or all are in two tensors",
+                )
+            width, hidden = stack[f"{module}.0.gate_proj.weight"].shape
+            for name, weight in stack.items():
+                if weight.shape != ((hidden, width) if name.endswith("down_proj.weight") else (width, hidden)):
+                    raise CheckpointError(
+                        f"{self._path}: tensor '{name}' has shape {list(weight.shape)}, unlike {module}.0",
+                        hint="the experts of a layer are of one size",
+                    )
+        return stacks
+
+    def _stack(self, module: str, part: str) -> Tensor:
+        """Per-expert matrices ``[out, in]`` as transformers' stacks ``[E, in, out]``, gate before up."""
+        stacked = torch.empty(self.shapes[f"{module}.{part}"])
+        for e, expert in enumerate(stacked):
+            parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+            for name, matrix in zip(parts, expert.chunk(len(parts), dim=1), strict=True):
+                self._experts[module][f"{module}.{e}.{name}.weight"].read(matrix.T)
+        return stacked
+
+
 def dequantised_state(checkpoint: Path) -> dict[str, Tensor]:
     """Every weight in fp32 under the names of transformers' ``Llama4ForCausalLM``, experts fused.
 
     Raises:
         CheckpointError: a tensor is left over that is no weight; names it.
     """
-    tensors = dict(_tensors(checkpoint))
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith((*NOT_WEIGHTS, "_scale")):
-            continue
-        if name.endswith(".weight_packed"):
-            module = name.removesuffix(".weight_packed")
-            state[f"{module}.weight"] = _int4(tensor, tensors[f"{module}.weight_scale"])
-            continue
-        scale = tensors.get(f"{name}_scale" if name.endswith(".weight") else f"{name}_weight_scale")
-        if (scale is None and not tensor.dtype.is_floating_point) or (tensor.dtype.itemsize == 1 and scale is None):
-            raise CheckpointError(f"{checkpoint}: tensor '{name}' is {tensor.dtype} without a scale", hint="export it")
-        state[name] = tensor.float() if scale is None else tensor.float() * _against(scale, tensor)
-    return _fused(state)
+    weights = DequantisedCheckpoint(checkpoint)
+    return {name: weights.outer(name) for name in weights.shapes}
 
 
 def is_taken_apart(checkpoint: Path) -> bool:
@@ -78,12 +272,8 @@ def _names(file: Path) -> list[str]:
         return list(stream.keys())
 
 
-def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _files(checkpoint):
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118  it is no dict
-                if not name.startswith(IMAGES):
-                    yield name.removeprefix("language_model."), stream.get_tensor(name)
+def _scale_name(name: str) -> str:
+    return f"{name}_scale" if name.endswith(".weight") else f"{name}_weight_scale"
 
 
 def _against(scale: Tensor, tensor: Tensor) -> Tensor:
@@ -96,19 +286,3 @@ def _int4(packed: Tensor, scale: Tensor) -> Tensor:
     columns = [(packed >> 4 * i) & 0xF for i in range(8)]
     values = torch.stack(columns, dim=2).flatten(1).float() - 8
     return values * scale.float().repeat_interleave(values.shape[1] // scale.shape[1], dim=1)
-
-
-def _fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Per-expert matrices ``[out, in]`` as transformers' stacks ``[E, in, out]``, gate before up."""
-    fused = {name: tensor for name, tensor in state.items() if ".experts." not in name or name.endswith("_proj")}
-    layers = {name.split(".experts.")[0] for name in state.keys() - fused.keys()}
-    for layer in layers:
-        own = [name for name in state if name.startswith(f"{layer}.experts.")]
-        count = 1 + max(int(name.removeprefix(f"{layer}.experts.").split(".")[0]) for name in own)
-
-        def stack(part: str, layer: str = layer, count: int = count) -> Tensor:
-            return torch.stack([state[f"{layer}.experts.{e}.{part}.weight"].T for e in range(count)])
-
-        fused[f"{layer}.experts.gate_up_proj"] = torch.cat([stack("gate_proj"), stack("up_proj")], dim=2)
-        fused[f"{layer}.experts.down_proj"] = stack("down_proj")
-    return fused

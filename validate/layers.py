@@ -16,7 +16,7 @@ from shuntyard.validate.modules import LayerComparison, compare_layer, compare_m
 from shuntyard.validate.record import Recording
 from shuntyard.validate.report import Module
 from shuntyard.validate.stack import Stack
-from shuntyard.validate.tolerances import FORCED
+from shuntyard.validate.tolerances import ROUNDINGS
 from shuntyard.validate.values import Array, LayerValues, Sequence
 from shuntyard.validate.whole import WholeRun
 
@@ -59,7 +59,7 @@ def before_ties(reference: Recording, config: Llama4Config, bounds: Bounds) -> l
     A tie changes the token itself and, by attention, those after it. Free-running errors are larger than a single
     layer's, and so is what counts as a tie.
     """
-    factor = FORCED[bounds.format].free or 1.0
+    factor = ROUNDINGS[bounds.format].free or 1.0
     open_so_far = [np.ones(len(s.tokens), bool) for s in reference.sequences]
     out: list[Masks] = []
     for i in range(config.num_hidden_layers):

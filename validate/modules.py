@@ -15,7 +15,7 @@ from shuntyard.validate.values import PARTS, Array, LayerValues, Sequence, modul
 AFTER_ROUTING = ("feed_forward.experts", "feed_forward", "")
 """Parts that depend on which experts were chosen."""
 
-FLOOR = 0.1
+FLOOR = 0.3
 """A vector shorter than this, by the root mean square of all tokens' vectors, counts as that long: an error relative to
 nearly nothing says nothing."""
 
