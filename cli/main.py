@@ -168,6 +168,7 @@ def _progress() -> Iterator[Any]:
 @click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--max-context", type=click.IntRange(1), help="Tokens.  [default: the model's, at most 8192]")
 @click.option("--copy", is_flag=True, help="Copy the shards where hard links are impossible.")
+@click.option("--mark", is_flag=True, help="Give out the values in between: to look into, for validate; not to use.")
 @click.option("--json", "as_json", is_flag=True, help="The engine's manifest as JSON on stdout.")
 def build(
     model: Path,
@@ -178,13 +179,14 @@ def build(
     max_batch: int,
     max_context: int | None,
     copy: bool,
+    mark: bool,
     as_json: bool,
 ) -> None:
     """Build the model directory MODEL into the new engine directory ENGINE."""
     from shuntyard.engines.build import Reporter, Request, json_ready
     from shuntyard.engines.build import build as run
 
-    request = Request(backend=backend, dtype=dtype, gpu=gpu, max_batch=max_batch, max_context=max_context, copy=copy)
+    request = Request(backend, dtype, gpu, max_batch, max_context, copy=copy, mark=mark)
     with _progress() as update:
         manifest = run(model, engine, request, Reporter(say, warn, update))
     if as_json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from rich.table import Table
 from shuntyard.cli.console import EXIT_FAILED, PATH, emit, one_line, say, stdout
 
 if TYPE_CHECKING:
-    from shuntyard.validate.report import Check, Report
+    from shuntyard.validate.report import Check, Interval, Report
     from shuntyard.validate.validate import Plan
 
 # Rooms are imported inside the commands: `shuntyard --help` need not wait for torch.
@@ -50,6 +52,8 @@ class _Sets(click.ParamType[tuple[str, ...]]):
 @click.option("--html", type=PATH, help="Write the report as one HTML page.")
 @click.option("--junit", type=PATH, help="Write the checks as JUnit XML.")
 @click.option("--github", is_flag=True, help="Annotations for GitHub's log on stdout, not the tables.")
+@click.option("--polygraphy-save", type=PATH, help="New directory: inputs and outputs for polygraphy run.")
+@click.option("--polygraphy-load", type=PATH, help="Judge what polygraphy run --save-outputs wrote, not the engine.")
 @click.option("--allow-other-files", is_flag=True, help="Compare with files that the engine was not built from.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def validate(engine: str, reference: str, as_json: bool, **asked: Any) -> None:
@@ -105,43 +109,93 @@ def _plan(asked: dict[str, Any]) -> Plan:
         shipped_only=asked["shipped_only"],
         by_layers=asked["by_layers"],
         cache=asked["cache"],
+        polygraphy_save=asked["polygraphy_save"],
+        polygraphy_load=asked["polygraphy_load"],
         overrides=() if path is None else tuple(read_overrides(path)),
     )
 
 
 _MARKS = {True: "[green]ok", False: "[bold red]FAIL", None: "[dim]-"}
-_MOST = 12
+_MOST = 8
 """Failures of one look that are shown; --json and --html have all."""
+_LOOKS = {
+    "forced": "layers, fed the reference's input",
+    "inverse": "reference's layers, fed the engine's input",
+    "free": "layers, free-running",
+}
 
 
 def print_report(report: Report) -> None:
-    """Checks with their bounds, notes, and the verdict last, where the eye is."""
-    table = Table(
-        title=escape(one_line(f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}"))
-    )
-    for column in ("", "check", "value", "bound", "", "where"):
+    """Checks with their bounds, notes, and the verdict last, where the eye is.
+
+    Modules that are within their bounds are one row a look; where something is worst is told of failures.
+    """
+    title = f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}"
+    table = Table(title=escape(one_line(title)), title_justify="left")
+    for column in ("", "check", "value", "bound", ""):
         table.add_column(column, overflow="fold")
     parts: dict[str, list[Check]] = {}
     for check in report.checks:
         parts.setdefault(check.name.split(": ", 1)[0], []).append(check)
     for part, checks in parts.items():
         failed = [check for check in checks if check.ok is False]
-        hidden = failed[_MOST:]
-        for i, check in enumerate(check for check in checks if check not in hidden):
-            value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
-            cells = (check.name.split(": ", 1)[-1], value, check.bound, _MARKS[check.ok], check.detail)
-            name, value, bound, mark, detail = cells
-            table.add_row("" if i else part, escape(name), escape(value), bound, mark, escape(one_line(detail)))
-        if hidden:
-            table.add_row("", f"and {len(hidden)} more that fail", "", "", _MARKS[False], "--json and --html have all")
+        rows = [_row(check) for check in failed[:_MOST]]
+        if len(failed) > _MOST:
+            rows.append((f"and {len(failed) - _MOST} more that fail", "", "", _MARKS[False]))
+        fine = [check for check in checks if check.ok is not False]
+        if part in _LOOKS:
+            rows += _summary(report, part, fine)
+        else:
+            rows += [_row(check) for check in fine]
+        for i, row in enumerate(rows):
+            table.add_row("" if i else part, *row)
+        table.add_section()
     stdout.print(table)
     _print_gate(report)
     for note in report.notes:
         stdout.print(f"note: {one_line(note)}", markup=False, soft_wrap=True)
+    if report.perplexity is not None and report.perplexity_reference is not None:
+        ours, theirs = (_interval(p) for p in (report.perplexity, report.perplexity_reference))
+        stdout.print(f"perplexity {ours}, reference {theirs}", soft_wrap=True)
     if report.passed:
         stdout.print("[bold green]passed")
         return
+    for check in report.failures[:_MOST]:
+        where = f" at {one_line(check.detail)}" if check.detail else ""
+        value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
+        stdout.print(f"failed: {check.name} is {value}, must be {check.bound}{where}", markup=False, soft_wrap=True)
     stdout.print(f"[bold red]FAILED[/]{escape(_culprit(report))}", soft_wrap=True)
+
+
+def _row(check: Check) -> tuple[str, str, str, str]:
+    value = check.value if isinstance(check.value, str) else f"{check.value:.3g}"
+    bound = check.bound
+    with contextlib.suppress(ValueError):
+        sign, _, number = bound.partition(" ")
+        bound = f"{sign} {float(number):.3g}"
+    return escape(check.name.split(": ", 1)[-1]), escape(one_line(value)), escape(bound), _MARKS[check.ok]
+
+
+def _summary(report: Report, mode: str, fine: list[Check]) -> list[tuple[str, str, str, str]]:
+    """One row for all modules within their bounds, and the rows of routing."""
+    from shuntyard.validate.bounds import over
+
+    own = [module for module in report.modules if module.mode == mode and module.ok is not False]
+    judged = [m for m in own if m.relative_bound is not None and m.coordinate_bound is not None]
+    rows = []
+    if judged:
+        share = max(max(over(m.relative, m.relative_bound), over(m.coordinate, m.coordinate_bound)) for m in judged)
+        rows.append((f"{len(judged)} modules: {_LOOKS[mode]}", f"{share:.2g} of bound", "<= 1", _MARKS[True]))
+    elif own:
+        worst = max(m.relative for m in own)
+        rows.append((f"{len(own)} modules: {_LOOKS[mode]}", f"{worst:.3g} relative", "-", _MARKS[None]))
+    return rows + [_row(check) for check in fine if check.name.startswith((f"{mode}: routing", f"{mode}: margin"))]
+
+
+def _interval(value: Interval) -> str:
+    if math.isnan(value.low):
+        return f"{value.value:.4f}"
+    return f"{value.value:.4f} (95 %: {value.low:.2f} to {value.high:.2f})"
 
 
 def _print_gate(report: Report) -> None:

@@ -91,9 +91,9 @@ def judge_cache(
                 "free",
                 bounds,
                 sequences,
-                [values for run in runs if (values := expected[run.row].part(name)) is not None],
+                [values[: len(run.logits)] for run in runs if (values := expected[run.row].part(name)) is not None],
                 [(run.keys if name.endswith("key") else run.values)[layer] for run in runs],
-                [masks[layer][run.row] for run in runs],
+                [masks[layer][run.row][: len(run.logits)] for run in runs],
             )
             if worst is None or module.relative > worst.relative:
                 worst = module

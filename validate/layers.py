@@ -16,7 +16,6 @@ from shuntyard.validate.modules import LayerComparison, compare_layer, compare_m
 from shuntyard.validate.record import Recording
 from shuntyard.validate.report import Module
 from shuntyard.validate.stack import Stack
-from shuntyard.validate.tolerances import ROUNDINGS
 from shuntyard.validate.values import Array, LayerValues, Sequence
 from shuntyard.validate.whole import WholeRun
 
@@ -56,15 +55,13 @@ class Walk:
 def before_ties(reference: Recording, config: Llama4Config, bounds: Bounds) -> list[Masks]:
     """For each layer, and last for the head, which tokens of each sequence no near tie up to there can have changed.
 
-    A tie changes the token itself and, by attention, those after it. Free-running errors are larger than a single
-    layer's, and so is what counts as a tie.
+    A tie changes the token itself and, by attention, those after it.
     """
-    factor = ROUNDINGS[bounds.format].free or 1.0
     open_so_far = [np.ones(len(s.tokens), bool) for s in reference.sequences]
     out: list[Masks] = []
     for i in range(config.num_hidden_layers):
         if config.is_moe(i):
-            margin = factor * bounds.margin(f"model.layers.{i}.feed_forward.router")
+            margin = bounds.margin(f"model.layers.{i}.feed_forward.router")
             for row, values in enumerate(reference.layer(i)):
                 assert values.router is not None
                 near = ties(np.asarray(values.router), config.num_experts_per_tok, margin)

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from shuntyard.errors import EngineError, NotFiniteError, UnsupportedError
-from shuntyard.validate import greedy
+from shuntyard.exporter.output import output_directory, refuse_existing
+from shuntyard.validate import greedy, polygraphy_json
 from shuntyard.validate.bisect import first_diverging
 from shuntyard.validate.bounds import Bounds, Override
 from shuntyard.validate.files import check_files
@@ -43,6 +44,8 @@ class Plan:
     by_layers: bool = False  # never the whole engine: memory is one layer's
     cache: Path | None = None  # directory of reference activations that later runs take up
     overrides: tuple[Override, ...] = ()
+    polygraphy_save: Path | None = None  # new directory: inputs.json and outputs.json for ``polygraphy run``
+    polygraphy_load: Path | None = None  # outputs that ``polygraphy run`` saved: judged in place of the engine's own
 
 
 def validate(
@@ -77,6 +80,8 @@ def validate(
     report.layers, report.notes, report.facts = subject.config.num_hidden_layers, notes, subject.facts
     check_files(report, subject, other, allow_other=plan.allow_other_files)
     say(f"{len(sequences)} sequences, {report.tokens} tokens")
+    if plan.polygraphy_save is not None:
+        report.notes += _save_for_polygraphy(subject, sequences, plan.polygraphy_save)
     with _record(other, sequences, plan, say) as recording:
         look = _Look(report, bounds, subject, other, recording, plan, say)
         look.run()
@@ -119,6 +124,10 @@ def _check_possible(subject: Subject, other: Subject, plan: Plan) -> None:
             f"{other.spec}: a TensorRT plan cannot be run layer by layer, as a reference must be",
             hint="hold both engines to the checkpoint, or this one as ENGINE to the other",
         )
+    if (plan.polygraphy_save or plan.polygraphy_load) and subject.kind not in ("engine", "graph"):
+        raise UnsupportedError(f"{subject.spec}: Polygraphy runs engines and graphs", hint="give ENGINE or graph:MODEL")
+    if plan.polygraphy_load and subject.manifest is None:
+        raise UnsupportedError(f"{subject.spec}: is no engine", hint="build an engine and give that")
     if plan.by_layers and plan.shipped_only:
         raise UnsupportedError("the engine is to be run whole and never whole", hint="ask for one of the two")
     if plan.by_layers and subject.make_stack is None:
@@ -132,6 +141,19 @@ def _check_possible(subject: Subject, other: Subject, plan: Plan) -> None:
 def _record(other: Subject, sequences: list[Sequence], plan: Plan, say: Callable[[str], None]) -> Recording:
     assert other.make_stack is not None
     return cached_recording(other.make_stack, other.key, sequences, plan.cache, say)
+
+
+def _save_for_polygraphy(subject: Subject, sequences: list[Sequence], path: Path) -> list[str]:
+    """``inputs.json``, and of an engine ``outputs.json``, in a new directory that appears whole."""
+    refuse_existing(path)
+    interface = polygraphy_json.Interface.of(subject.path)
+    with output_directory(path) as directory:
+        notes = polygraphy_json.save_inputs(directory / "inputs.json", sequences, interface)
+        if subject.manifest is not None:
+            outputs = polygraphy_json.first_calls(subject.open(), sequences, interface)
+            runner = f"shuntyard-{subject.backend}-{subject.dtype}"
+            polygraphy_json.save_outputs(directory / "outputs.json", outputs, runner)
+    return notes
 
 
 class _Look:
@@ -159,6 +181,9 @@ class _Look:
 
     def run(self) -> None:
         """All looks that the plan and the two models allow; fills the report's checks."""
+        if self.plan.polygraphy_load is not None:
+            self._loaded(self.plan.polygraphy_load)
+            return
         whole = self.subject.manifest is not None and not self.plan.by_layers
         if whole:
             self._shipped()
@@ -222,9 +247,21 @@ class _Look:
             self.report.checks.append(Check(f"{part}: logits finite", "no", "all", False, error.hint))
             return
         for found in runs:
-            statistics.add(found.sequence, logits[found.row], found.logits, first)
+            statistics.add(found.sequence, logits[found.row][: len(found.logits)], found.logits, first)
         judge_logits(self.report, part, statistics, self.bounds, [self.masks[-1][found.row] for found in runs])
         judge_cache(self.report, part, self.recording, runs, self.bounds, self.masks)
+
+    def _loaded(self, path: Path) -> None:
+        """Outputs of the engine that Polygraphy ran: the first call of each sequence."""
+        interface = polygraphy_json.Interface.of(self.subject.path)
+
+        def read() -> list[WholeRun]:
+            found = polygraphy_json.load_outputs(path, self.sequences, interface)
+            rows = zip(found, self.sequences, strict=True)
+            return [WholeRun(i, s, f.logits, list(f.keys), list(f.values), {}) for i, (f, s) in enumerate(rows)]
+
+        self.report.notes.append(f"the outputs are from {path}: the engine was not run")
+        self._logits_and_cache("polygraphy", self.prefill, read, 0)
 
     def _forced(self, *, free: bool) -> None:
         """Layers alone; with ``free`` they also run on their own, and give the logits of the whole."""

@@ -18,7 +18,7 @@ LOGITS_AT_ONCE = 2**26
 
 @dataclass
 class WholeRun:
-    """What an engine gave for one sequence."""
+    """What an engine gave for one sequence, or for its first ``S`` tokens."""
 
     row: int  # of the sequence among all that are compared
     sequence: Sequence
