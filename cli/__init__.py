@@ -3,6 +3,6 @@
 May import: every room.
 """
 
-from shuntyard.cli.main import main as main
+from shuntyard.cli.commands import main as main
 
 __all__ = ["main"]

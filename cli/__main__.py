@@ -1,5 +1,5 @@
 """``python -m shuntyard.cli``."""
 
-from shuntyard.cli.main import main
+from shuntyard.cli.commands import main
 
 main()

@@ -325,7 +325,7 @@ class Histogram:
     largest: str  # the last bin that is not empty
     median: str  # upper edge of the bin that holds it
     width: float = WIDTH
-    height: float = 220.0
+    height: float = 226.0
     left: float = 62.0
     right: float = WIDTH - 8
 
@@ -361,7 +361,7 @@ def histogram(report: Report) -> Histogram | None:
             median = three(10**end)
     powers = range(math.ceil(low), math.floor(high) + 1)
     step = every(len(powers), (right - left) / max(high - low, 1e-9), 60)
-    x_ticks = [Tick(px(across(power)), three(10.0**power)) for power in powers if power % step == 0]
+    x_ticks = [Tick(px(across(power)), _decade(power, judged=False)) for power in powers if power % step == 0]
     y_ticks = [Tick(px(bottom - share * (bottom - top)), percent(share * most / total)) for share in (0, 0.5, 1)]
     return Histogram(bars, x_ticks, y_ticks, bottom, int(total), largest, median)
 

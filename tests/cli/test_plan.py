@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shuntyard import cli
+from shuntyard.cli import commands, console
 from shuntyard.engines.plan.footprint import RECIPES, STORED
 from shuntyard.engines.plan.gpus import GIB
 from tests.sizes import MODELS, raw_config
@@ -48,7 +49,7 @@ def test_the_documents_transcripts(
     command: str, output: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkpoints)
-    monkeypatch.setattr(cli._out, "_width", 80)
+    monkeypatch.setattr(console.stdout, "_width", 80)
     result = plan(*command.split())
     assert result.exit_code == (0 if "\nfits, " in output else 1), result.stderr
     printed = "\n".join(line.rstrip() for line in result.stdout.splitlines())
@@ -61,7 +62,7 @@ def test_there_are_transcripts() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_no_line_is_wider_than_the_terminal(width: int, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli._out, "_width", width)
+    monkeypatch.setattr(console.stdout, "_width", width)
     for extra in (("--gpu", "h200", "--weights", "fp8"), ("--context", "10M", "--batch", "1000")):
         result = plan(checkpoints / "Llama-4-Scout-17B-16E", *extra)
         assert result.exit_code in (0, 1)
@@ -104,4 +105,4 @@ def test_refusals(arguments: tuple[str, ...], status: int, words: str, checkpoin
 
 
 def test_the_choices_are_the_recipes() -> None:
-    assert list(cli._RECIPE.choices) == [STORED, *RECIPES]
+    assert list(commands._RECIPE.choices) == [STORED, *RECIPES]

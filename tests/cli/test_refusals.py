@@ -251,7 +251,7 @@ def test_validation_that_cannot_be_made(engine_directory: Path, checkpoint: Path
         "latin: cannot be read as UTF-8 text",
     )
     refused(shuntyard("validate", engine_directory, "--reference", checkpoint), "tokenizer.json: no such file")
-    refused(shuntyard("validate", tmp_path, "--reference", checkpoint), "has no shuntyard.json")
+    refused(shuntyard("validate", tmp_path, "--reference", checkpoint), "is a checkpoint, not an engine")
 
 
 def test_prompts_need_a_tokenizer(engine_directory: Path) -> None:

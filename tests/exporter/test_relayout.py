@@ -18,10 +18,10 @@ from shuntyard.exporter.export import export
 from shuntyard.exporter.relayout import Relayout
 from shuntyard.exporter.weights import match_weights
 from shuntyard.validate.dequantise import dequantised_state
-from shuntyard.validate.validate import Plan, validate
 from tests import driver
 from tests.checkpoints import parsed, random_text, random_weights, raw_config, write_checkpoint, write_tokenizer
 from tests.exporter.handmade import CHANNEL, PLAIN, TENSOR, Way, declare_compressed_tensors, handmade
+from tests.validate.judged import Asked, judged
 
 RAW = raw_config(intermediate_size=32, intermediate_size_mlp=48)
 IDS = np.random.default_rng(0).integers(0, 64, size=(2, 20))
@@ -114,7 +114,7 @@ def test_the_new_directory_stands_alone_and_validates(tmp_path: Path) -> None:
     assert "quantization_config" not in config and config["dtype"] == "float32"
     build(tmp_path / "model", tmp_path / "engine", Request(max_context=40))
     for reference in (checkpoint, tmp_path / "model"):
-        report = validate(tmp_path / "engine", reference, random_text(300, 64), Plan(windows=2, length=20))
+        report = judged(tmp_path / "engine", reference, random_text(300, 64), Asked(windows=2, length=20))
         assert report.passed, report.checks
     again = tmp_path / "again"
     export(tmp_path / "model", again)  # what was written is a checkpoint like any other
@@ -131,9 +131,9 @@ def test_other_values_of_the_same_shapes_are_told_apart(tmp_path: Path) -> None:
         write_tokenizer(path, 64)
     export(checkpoint, tmp_path / "model", relayout=Relayout("bf16", "linear"))
     build(tmp_path / "model", tmp_path / "engine", Request(max_context=40))
-    plan = Plan(windows=2, length=20)
-    assert validate(tmp_path / "engine", checkpoint, random_text(300, 64), plan).passed
-    report = validate(tmp_path / "engine", other, random_text(300, 64), plan)
+    plan = Asked(windows=2, length=20)
+    assert judged(tmp_path / "engine", checkpoint, random_text(300, 64), plan).passed
+    report = judged(tmp_path / "engine", other, random_text(300, 64), plan)
     (failed,) = [check for check in report.checks if check.name.startswith("files")]
     assert not failed.ok and "'lm_head.weight' of the engine is not what a rewrite" in failed.detail
 

@@ -20,31 +20,40 @@ from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.export import export
 from shuntyard.validate.reference import Reference
 from shuntyard.validate.report import Report
-from shuntyard.validate.validate import Plan, validate
 from tests.checkpoints import random_text, raw_config, write_checkpoint, write_tokenizer
 from tests.conftest import Worded
+from tests.validate.judged import Asked, judged
 
 CHANGES: dict[str, Any] = {"num_hidden_layers": 8, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = random_text(400, 64)
-PLAN = Plan(windows=6, length=28, decode=20)
+PLAN = Asked(windows=6, length=28, decode=20)
 OTHER = replace(PLAN, allow_other_files=True)
 
 
 def test_a_sound_engine_passes(worded: Worded) -> None:
-    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
+    report = judged(worded.engine, worded.checkpoint, TEXT, PLAN)
     assert report.passed, report.as_dict()
-    assert report.notes == []
+    assert not [note for note in report.notes if "exercised" in note or "files" in note]
+    assert (report.culprit, report.failures) == ("", [])
     assert report.tokens == 6 * 28
     names = [check.name for check in report.checks]
     for part in ("prefill", "decode"):
         assert f"{part}: max abs error" in names
         assert f"{part}: perplexity, relative" in names
-    assert names[-3:] == [f"greedy: 20 tokens after {n}" for n in (8, 5, 2)]
-    assert all(check.ok for check in report.checks)
+    assert [n for n in names if n.startswith("greedy")] == [f"greedy: 20 tokens after {n}" for n in (8, 5, 2)]
+    for mode in ("forced", "inverse", "free"):  # 8 layers, 4 of them routed
+        own = [module for module in report.modules if module.mode == mode]
+        assert len(own) == 8 * 5 + 4 * 3 + (0 if mode == "free" else 2)
+        assert all(module.ok for module in own)
+    assert [routing.layer for routing in report.routing] == [1, 3, 5, 7]
+    assert all(sum(r.load_reference) == sum(r.load_engine) == 2 * 6 * 28 for r in report.routing)  # top-2
+    assert sum(report.histogram["counts"]) == 6 * 28 * 64
+    assert len(report.sequences) == 6
+    assert all(s.routing_miss == 0.0 and 0 < (s.forced_error or 0) < 1e-5 for s in report.sequences)
 
 
 def test_both_perplexities_are_the_text_s(worded: Worded) -> None:
-    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
+    report = judged(worded.engine, worded.checkpoint, TEXT, PLAN)
     (check,) = [c for c in report.checks if c.name == "prefill: perplexity, relative"]
     reference = Reference(worded.checkpoint)
     ids = [1, *(int(word[1:]) for word in TEXT.split())]
@@ -76,7 +85,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_an_engine_of_another_model_fails(name: str, worded: Worded, tmp_path: Path) -> None:
     weights = load_file(worded.checkpoint / "model.safetensors")
-    report = validate(engine_of(tmp_path, FAULTS[name], weights), worded.checkpoint, TEXT, OTHER)
+    report = judged(engine_of(tmp_path, FAULTS[name], weights), worded.checkpoint, TEXT, OTHER)
     assert not report.passed
     failed = {check.name for check in report.checks if check.ok is False}
     assert {"prefill: max abs error", "decode: max abs error"} <= failed
@@ -88,10 +97,10 @@ def test_one_swapped_expert_fails(worded: Worded, tmp_path: Path) -> None:
     name = "model.layers.5.feed_forward.experts.down_proj"
     weights[name] = weights[name][[1, 0, 2, 3]].contiguous()
     engine = engine_of(tmp_path, {}, weights)
-    report = validate(engine, worded.checkpoint, TEXT, OTHER)
+    report = judged(engine, worded.checkpoint, TEXT, OTHER)
     assert not report.passed
     assert {check.name for check in report.checks if check.ok is False} >= {"prefill: mean KL", "decode: mean KL"}
-    report = validate(engine, worded.checkpoint, TEXT, PLAN)
+    report = judged(engine, worded.checkpoint, TEXT, PLAN)
     assert report.checks[0].name == "files: the same"
     assert report.checks[0].ok is False
 
@@ -99,9 +108,9 @@ def test_one_swapped_expert_fails(worded: Worded, tmp_path: Path) -> None:
 def test_other_files_fail_even_if_they_agree(worded: Worded, tmp_path: Path) -> None:
     weights = load_file(worded.checkpoint / "model.safetensors")
     engine = engine_of(tmp_path, {"use_cache": True}, weights)
-    report = validate(engine, worded.checkpoint, TEXT, PLAN)
+    report = judged(engine, worded.checkpoint, TEXT, PLAN)
     assert [check.name for check in report.checks if check.ok is False] == ["files: the same"]
-    report = validate(engine, worded.checkpoint, TEXT, OTHER)
+    report = judged(engine, worded.checkpoint, TEXT, OTHER)
     assert report.passed
     assert report.notes == ["the engine was built from other files than the reference reads"]
 
@@ -118,7 +127,7 @@ def test_a_fault_in_all_sequences_but_the_first_fails(worded: Worded, monkeypatc
 
     monkeypatch.setattr(OnnxRuntimeRunner, "step", faulty)
     for plan in (PLAN, replace(PLAN, windows=1)):
-        failed = {c.name for c in validate(worded.engine, worded.checkpoint, TEXT, plan).checks if c.ok is False}
+        failed = {c.name for c in judged(worded.engine, worded.checkpoint, TEXT, plan).checks if c.ok is False}
         assert "decode: max abs error" in failed
         assert any(name.startswith("greedy") for name in failed)
         assert "prefill: max abs error" not in failed
@@ -137,20 +146,20 @@ def test_decoding_crosses_a_chunk_s_edge_whatever_the_length(
         return out
 
     monkeypatch.setattr(OnnxRuntimeRunner, "step", faulty)
-    report = validate(worded.engine, worded.checkpoint, TEXT, replace(PLAN, length=length, decode=3))
+    report = judged(worded.engine, worded.checkpoint, TEXT, replace(PLAN, length=length, decode=3))
     assert "decode: max abs error" in {c.name for c in report.checks if c.ok is False}
 
 
 def test_vocabularies_that_differ_are_refused(worded: Worded, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", raw_config(**CHANGES | {"vocab_size": 80}))
     write_tokenizer(other, 64)
-    with pytest.raises(EngineError, match="has a vocabulary of 64, .* one of 80"):
-        validate(worded.engine, other, TEXT, PLAN)
+    with pytest.raises(EngineError, match="has vocab_size 64, .* has 80"):
+        judged(worded.engine, other, TEXT, PLAN)
     small = tmp_path / "small"
     shutil.copytree(worded.checkpoint, small)
     write_tokenizer(small, 90)
-    with pytest.raises(EngineError, match=r"tokenizer\.json: gives token \d+, the model's vocabulary ends before it"):
-        validate(worded.engine, small, random_text(400, 90), PLAN)
+    with pytest.raises(EngineError, match="json gives token 89, the model's vocabulary has 64"):
+        judged(worded.engine, small, random_text(400, 90), PLAN)
 
 
 def test_greedy_is_greedy_whatever_the_generation_config_likes(worded: Worded, tmp_path: Path) -> None:
@@ -158,7 +167,7 @@ def test_greedy_is_greedy_whatever_the_generation_config_likes(worded: Worded, t
     shutil.copytree(worded.checkpoint, liked)
     wishes = {"repetition_penalty": 1.5, "num_beams": 3, "no_repeat_ngram_size": 2, "suppress_tokens": [5]}
     (liked / "generation_config.json").write_text(json.dumps(wishes))
-    report = validate(worded.engine, liked, TEXT, PLAN)
+    report = judged(worded.engine, liked, TEXT, PLAN)
     assert report.passed, report.as_dict()
 
 
@@ -168,12 +177,12 @@ def test_configurations_that_change_the_form_of_answers(worded: Worded, tmp_path
     config = json.loads((other / "config.json").read_text())
     wishes = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
     (other / "config.json").write_text(json.dumps(config | wishes))
-    assert validate(worded.engine, other, TEXT, OTHER).passed
+    assert judged(worded.engine, other, TEXT, OTHER).passed
 
 
 def test_an_fp16_engine_is_judged_by_fp16_s_tolerances(worded: Worded, tmp_path: Path) -> None:
     weights = load_file(worded.checkpoint / "model.safetensors")
-    report = validate(engine_of(tmp_path, {}, weights, dtype="fp16"), worded.checkpoint, TEXT, PLAN)
+    report = judged(engine_of(tmp_path, {}, weights, dtype="fp16"), worded.checkpoint, TEXT, PLAN)
     by_name = {check.name: check for check in report.checks}
     assert by_name["prefill: max abs error"].ok is None
     assert by_name["prefill: mean KL"].bound == "<= 0.002"
@@ -188,12 +197,10 @@ def test_logits_that_are_not_finite_fail(worded: Worded, monkeypatch: pytest.Mon
         return out
 
     monkeypatch.setattr(OnnxRuntimeRunner, "step", poisoned)
-    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
-    assert [(c.name, c.ok) for c in report.checks] == [
-        ("prefill: logits finite", False),
-        ("decode: logits finite", False),
-    ]
-    assert not report.passed
+    report = judged(worded.engine, worded.checkpoint, TEXT, PLAN)
+    parts = ("prefill", "decode", "greedy")
+    assert [(c.name, c.ok) for c in report.checks if c.ok is False] == [(f"{p}: logits finite", False) for p in parts]
+    assert not any(c.name.startswith("inverse") for c in report.checks)
 
 
 def test_a_greedy_difference_fails_unless_it_is_a_tie(worded: Worded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,18 +212,18 @@ def test_a_greedy_difference_fails_unless_it_is_a_tie(worded: Worded, monkeypatc
         return out
 
     monkeypatch.setattr(Engine, "generate", other)
-    report = validate(worded.engine, worded.checkpoint, TEXT, PLAN)
-    check = report.checks[-3]
+    report = judged(worded.engine, worded.checkpoint, TEXT, PLAN)
+    check = next(check for check in report.checks if check.name.startswith("greedy"))
     assert (check.value, check.ok) == ("differ at 7", False)
     assert "margin" in check.detail
 
 
 def test_what_a_short_text_does_not_exercise_is_said(worded: Worded) -> None:
-    report: Report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=2, length=4, decode=2))
+    report: Report = judged(worded.engine, worded.checkpoint, TEXT, Asked(windows=2, length=4, decode=2))
     assert any("the edge of a chunk (8 tokens)" in note for note in report.notes)
-    report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=2, length=9, decode=2))
+    report = judged(worded.engine, worded.checkpoint, TEXT, Asked(windows=2, length=9, decode=2))
     assert not report.notes
-    report = validate(worded.engine, worded.checkpoint, TEXT, Plan(windows=99, length=99, decode=2))
+    report = judged(worded.engine, worded.checkpoint, TEXT, Asked(windows=99, length=99, decode=2))
     assert report.notes == [
         "windows are 64 tokens, the engine's context, not 99",
         "the text holds 6 such windows, not 99",
@@ -225,9 +232,9 @@ def test_what_a_short_text_does_not_exercise_is_said(worded: Worded) -> None:
 
 def test_texts_that_are_too_short(worded: Worded) -> None:
     with pytest.raises(EngineError, match="the text has 3 tokens, a window takes 28"):
-        validate(worded.engine, worded.checkpoint, "w3 w4", PLAN)
+        judged(worded.engine, worded.checkpoint, "w3 w4", PLAN)
     with pytest.raises(EngineError, match="windows of 3 tokens are too short"):
-        validate(worded.engine, worded.checkpoint, TEXT, Plan(length=3))
+        judged(worded.engine, worded.checkpoint, TEXT, Asked(length=3))
 
 
 def test_an_engine_that_was_tampered_with_is_not_validated(worded: Worded, tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_an_engine_that_was_tampered_with_is_not_validated(worded: Worded, tmp_p
     graph = engine / "engine.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"model.layers.3", b"model.layers.5", 1))
     with pytest.raises(EngineError, match="has changed since the engine was built"):
-        validate(engine, worded.checkpoint, TEXT, PLAN)
+        judged(engine, worded.checkpoint, TEXT, PLAN)
 
 
 def test_a_reference_with_a_missing_weight_proves_nothing(worded: Worded, tmp_path: Path) -> None:
@@ -245,6 +252,6 @@ def test_a_reference_with_a_missing_weight_proves_nothing(worded: Worded, tmp_pa
     checkpoint = write_checkpoint(tmp_path / "less", raw_config(**CHANGES), weights)
     write_tokenizer(checkpoint, 64)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight' is missing"):
-        validate(worded.engine, checkpoint, TEXT, PLAN)
-    with pytest.raises(CheckpointError, match="transformers reports missing keys"):
+        judged(worded.engine, checkpoint, TEXT, PLAN)
+    with pytest.raises(CheckpointError, match="q_proj"):
         Reference(checkpoint)
