@@ -12,7 +12,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from shuntyard.cli.console import EXIT_FAILED, PATH, emit, one_line, say, stdout
+from shuntyard.cli.console import EXIT_FAILED, PATH, emit, one_line, say, stdout, warn
 
 if TYPE_CHECKING:
     from shuntyard.validate.report import Check, Interval, Report
@@ -72,14 +72,16 @@ def validate(engine: str, reference: str, as_json: bool, **asked: Any) -> None:
     if asked["rate"] is not None and asked["baseline"] is None:
         raise click.UsageError("--rate is the gate's, which needs --baseline")
     report = run(engine, reference, _plan(asked), say)
-    if asked["baseline"] is not None:
-        rate = asked["rate"] if asked["rate"] is not None else statistics.RATE
-        found = baseline.compare_with_baseline(report, asked["baseline"], asked["baseline_entry"], rate)
-        baseline.apply_regression(report, found)
-    if asked["html"] is not None:
-        write_page(report, asked["html"])
-    if asked["junit"] is not None:
-        outputs.write_file(asked["junit"], outputs.junit_xml(report))
+    try:
+        if asked["baseline"] is not None:
+            rate = asked["rate"] if asked["rate"] is not None else statistics.RATE
+            found = baseline.compare_with_baseline(report, asked["baseline"], asked["baseline_entry"], rate)
+            baseline.apply_regression(report, found)
+    finally:  # a baseline that does not fit does not take back what was found
+        if asked["html"] is not None:
+            write_page(report, asked["html"])
+        if asked["junit"] is not None:
+            outputs.write_file(asked["junit"], outputs.junit_xml(report))
     if as_json:
         emit(report.as_dict())
     elif asked["github"]:
@@ -87,9 +89,11 @@ def validate(engine: str, reference: str, as_json: bool, **asked: Any) -> None:
             click.echo(line)
     else:
         print_report(report)
-    if asked["save_baseline"] is not None:
+    if asked["save_baseline"] is not None and report.passed:
         baseline.save_baseline(report, asked["save_baseline"], asked["baseline_entry"])
         say(f"{asked['save_baseline']}: saved")
+    elif asked["save_baseline"] is not None:
+        warn(f"{asked['save_baseline']}: not saved, for the run failed: a broken engine is no yardstick")
     if not report.passed:
         sys.exit(EXIT_FAILED)
 

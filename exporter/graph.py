@@ -14,9 +14,10 @@ is padded on the right with any token: what padding writes lies behind the seque
 real tokens have overwritten it. That holds within a chunk only: a sequence that has ended stays out of calls on later
 chunks, where its padding would overwrite its last chunk's cache rows from the start.
 
-Values in between have names too, for whoever wants to look inside: ``model.layers.N`` is a layer's output ``[B, S, H]``,
-``.self_attn`` and ``.feed_forward`` below it what was added for it, ``.feed_forward.router`` its router's logits
-``f32 [B*S, E]``, and ``.feed_forward.shared_expert`` the shared expert's part ``[B*S, H]``. Nothing is computed for
+Values in between have names too, for whoever wants to look inside. ``model.layers.N`` is a layer's output
+``[B, S, H]``; below it are ``.self_attn`` and ``.feed_forward``, what was added for it, ``.input_layernorm`` and
+``.post_attention_layernorm``, what those two were computed from, ``.feed_forward.router``, its router's logits
+``f32 [B*S, E]``, and ``.feed_forward.shared_expert``, the shared expert's part ``[B*S, H]``. Nothing is computed for
 them alone, and none is an output of the graph unless it is marked as one (:func:`mark`).
 """
 
@@ -184,7 +185,7 @@ class _Assembly:
         past = [self.input(f"past_key_values.{i}.{part}", self.dtype, *cache) for part in ("key", "value")]
         present = [self.value(f"present.{i}.{part}", self.dtype, *cache) for part in ("key", "value")]
         out = self.value(name, self.dtype, "batch", "sequence", c.hidden_size)
-        inside = [f"{name}.self_attn", f"{name}.feed_forward"]
+        inside = [f"{name}.{p}" for p in ("self_attn", "feed_forward", "input_layernorm", "post_attention_layernorm")]
         outputs = [out, *present, *(self.value(n, self.dtype, "batch", "sequence", c.hidden_size) for n in inside)]
         if kind.moe:
             moe = f"{name}.feed_forward"

@@ -126,6 +126,8 @@ class LayerOutputs(NamedTuple):
     present_value: Tensor
     attention: Tensor  # [B, S, H]  behind o_proj
     feed_forward: Tensor  # [B, S, H]
+    attention_input: Tensor  # [B, S, H]  behind input_layernorm
+    feed_forward_input: Tensor  # [B, S, H]  behind post_attention_layernorm
     router: Tensor | None = None  # f32 [B * S, E] logits
     shared: Tensor | None = None  # [B * S, H]  the shared expert alone
 
@@ -139,16 +141,16 @@ def decoder_layer(
     past: tuple[Tensor, Tensor],
 ) -> LayerOutputs:
     """One layer on ``hidden [B, S, H]``; a dense one has no router and no shared expert."""
-    normed = rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
-    attended, present_key, present_value = attention(config, kind, w, normed, places, past)
+    before = rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
+    attended, present_key, present_value = attention(config, kind, w, before, places, past)
     hidden = hidden + attended
     normed = rms_norm(hidden, config.rms_norm_eps) * w["post_attention_layernorm.weight"].to(hidden.dtype)
     if not kind.moe:
         out = swiglu(normed, w, "feed_forward")
-        return LayerOutputs(hidden + out, present_key, present_value, attended, out)
+        return LayerOutputs(hidden + out, present_key, present_value, attended, out, before, normed)
     routed, logits, shared = moe(config, w, normed.flatten(0, 1))
     out = routed.view_as(hidden)
-    return LayerOutputs(hidden + out, present_key, present_value, attended, out, logits, shared)
+    return LayerOutputs(hidden + out, present_key, present_value, attended, out, before, normed, logits, shared)
 
 
 def embed(input_ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -276,7 +276,15 @@ def layer_function(config: Llama4Config, kind: LayerKind) -> ir.Function:
         "past_value": cache,
         **{name: (shape, WEIGHT) for name, shape in weights.items()},
     }
-    outputs = ["hidden_out", "present_key", "present_value", "attention", "feed_forward"]
+    outputs = [
+        "hidden_out",
+        "present_key",
+        "present_value",
+        "attention",
+        "feed_forward",
+        "input_norm",
+        "post_attention_norm",
+    ]
     if kind.moe:
         outputs += ["router_logits", "shared_expert"]
     return trace_function(kind.function_name, _Part(run), inputs, outputs)

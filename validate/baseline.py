@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import shuntyard
 from shuntyard.errors import EngineError, OutputError
-from shuntyard.exporter.output import lock
+from shuntyard.exporter.output import is_partial_of, lock
 from shuntyard.exporter.strict_json import parse_json
 from shuntyard.validate.outputs import write_file
 from shuntyard.validate.report import Check, Regression, Report, SequenceMetrics
@@ -132,6 +132,9 @@ def _alone_in(directory: Path, path: Path) -> Iterator[None]:
             "other's entries",
         ) from error
     try:
+        for left in directory.iterdir():
+            if is_partial_of(path.resolve(), left.name) and left.is_file():
+                left.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)

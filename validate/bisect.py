@@ -7,12 +7,6 @@ from collections.abc import Sequence as Many
 from shuntyard.validate.layers import Walk
 from shuntyard.validate.report import Module, Routing
 
-NORMS = (
-    ("input_layernorm", {"self_attn.key", "self_attn.value"}),
-    ("post_attention_layernorm", {"feed_forward.router", "feed_forward.shared_expert"}),
-)
-"""A norm is no module that is compared. It shows in everything that is computed from it directly."""
-
 
 def first_diverging(walks: Many[Walk]) -> tuple[str, str]:
     """The first module out of its bounds and the mode in which it is; empty where none is.
@@ -31,12 +25,7 @@ def first_diverging(walks: Many[Walk]) -> tuple[str, str]:
 
 
 def _name(failed: list[Module], routing: Routing | None) -> str:
-    parts = {module.part for module in failed}
-    if not failed:  # the router's choice alone, for its logits are within their bounds
-        assert routing is not None
-        return f"model.layers.{routing.layer}.feed_forward.router"
-    first = failed[0]
-    for norm, shown in NORMS:
-        if shown <= parts and first.part in shown:
-            return f"model.layers.{first.layer}.{norm}"
-    return first.module
+    if failed:
+        return failed[0].module
+    assert routing is not None  # the choice alone: the logits are within their bounds
+    return f"model.layers.{routing.layer}.feed_forward.router"

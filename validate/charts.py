@@ -49,7 +49,7 @@ def px(value: float) -> float:
 
 @dataclass(frozen=True)
 class Series:
-    """A part of the layers in the charts: the style sheet's colour ``p0`` to ``p8``, a shape, a name."""
+    """A part of the layers in the charts: the style sheet's colour ``p0`` to ``p10``, a shape, a name."""
 
     style: int
     shape: str
@@ -66,10 +66,25 @@ _SHAPES = (
     "M-4-4H4V4H-4Z",  # square
     "M-5.5-1.6H5.5V1.6H-5.5Z",  # bar
     "M0-6L1.7-1.7L6 0L1.7 1.7L0 6L-1.7 1.7L-6 0L-1.7-1.7Z",  # star
+    "M-5 3.5L0-3.5L5 3.5H2.5L0 0L-2.5 3.5Z",  # roof
+    "M-5-3.5L0 3.5L5-3.5H2.5L0 0L-2.5-3.5Z",  # roof, upside down
 )
 FAULT_SHAPE = "M-7-4.2L-4.2-7L0-2.8L4.2-7L7-4.2L2.8 0L7 4.2L4.2 7L0 2.8L-4.2 7L-7 4.2L-2.8 0Z"
-_NAMES = ("keys", "values", "attention", "router", "shared expert", "routed experts", "feed-forward", "layer's output")
-_SERIES = {part: Series(i, _SHAPES[i], _NAMES[i]) for i, part in enumerate(PARTS)}
+_NAMES = {
+    "self_attn.key": "keys",
+    "self_attn.value": "values",
+    "self_attn": "attention",
+    "feed_forward.router": "router",
+    "feed_forward.shared_expert": "shared expert",
+    "feed_forward.experts": "routed experts",
+    "feed_forward": "feed-forward",
+    "": "layer's output",
+    "input_layernorm": "norm before attention",
+    "post_attention_layernorm": "norm before feed-forward",
+}
+_STYLES = [*range(8), 9, 10]  # 8 is that of embedding and head
+_SERIES = {part: Series(i, _SHAPES[i], name) for i, (part, name) in zip(_STYLES, _NAMES.items(), strict=True)}
+assert set(_SERIES) == set(PARTS)
 _ENDS = Series(8, _SHAPES[8], "embedding, head")
 
 

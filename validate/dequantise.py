@@ -31,8 +31,8 @@ NOT_WEIGHTS = (
     ".rotary_emb.freqs",
 )
 
-PIECE = 2**23
-"""Values that are read at once: 32 MiB of them in fp32. A piece's file is opened anew, for the safetensors library maps
+PIECE = 2**21
+"""Values that are read at once: 8 MiB of them in fp32. A piece's file is opened anew, for the safetensors library maps
 the whole file, and pages that were read stay with the process until the map is closed."""
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -91,7 +91,7 @@ class _Weight:
         for index in _pieces(self.numbers.shape):
             numbers = self.numbers.read(index)
             if scale is None:
-                into[index] = numbers.float()
+                into[index] = numbers
                 continue
             own = scale[index[0]] if scale.numel() > 1 else scale
             into[index[:1] if self.packed else index] = (

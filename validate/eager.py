@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from shuntyard.exporter import model
+from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.config_file import load_config_file
-from shuntyard.exporter.parameters import kind_of
+from shuntyard.exporter.parameters import LayerKind, kind_of
 from shuntyard.validate.dequantise import DequantisedCheckpoint
 from shuntyard.validate.stack import Stack, pieces
 from shuntyard.validate.values import Array, LayerValues, Tokens
@@ -43,10 +44,14 @@ class EagerStack(Stack):
         """See :class:`Stack`."""
         weights = self._weights.layer(index)
         for array in hidden:
-            yield self._run(index, weights, torch.tensor(array)[None].to(self._type))
+            own = torch.tensor(array)[None].to(self._type)
+            try:
+                yield self._run(index, weights, own)
+            except ValueError:  # the routing op refuses NaN: what comes before it can still be told
+                yield self._run(index, weights, own, route=False)
 
     @torch.no_grad()
-    def _run(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> LayerValues:
+    def _run(self, index: int, weights: dict[str, Tensor], hidden: Tensor, *, route: bool = True) -> LayerValues:
         c, kind, length = self.config, kind_of(self.config, index), hidden.shape[1]
         shape = (1, c.num_key_value_heads, c.cache_rows(index, length), c.head_dim)
         past = torch.zeros(shape, dtype=self._type), torch.zeros(shape, dtype=self._type)
@@ -54,11 +59,13 @@ class EagerStack(Stack):
         for begin, end in pieces(length, c.attention_chunk_size):
             positions = torch.arange(begin, end)[None]
             places = self._rotary(positions) if kind.rope else (positions,)
-            out = model.decoder_layer(c, kind, weights, hidden[:, begin:end], places, past)
+            run = model.decoder_layer if route else _without_routing
+            out = run(c, kind, weights, hidden[:, begin:end], places, past)
             past = out.present_key, out.present_value
             rows = places[0][0]
             values = [part[0, :, rows].transpose(0, 1) for part in past]
             values += [out.attention[0], out.feed_forward[0], out.hidden[0]]
+            values += [out.attention_input[0], out.feed_forward_input[0]]
             found.append(values + [part for part in (out.router, out.shared) if part is not None])
         return LayerValues(*(torch.cat(parts).float().numpy() for parts in zip(*found, strict=True)))
 
@@ -70,3 +77,21 @@ class EagerStack(Stack):
         for array in hidden:
             wide = torch.tensor(array)[None].to(self._type)
             yield model.head(self.config, wide, torch.arange(len(array))[None], norm, weight)[0].numpy()
+
+
+def _without_routing(
+    config: Llama4Config,
+    kind: LayerKind,
+    w: dict[str, Tensor],
+    hidden: Tensor,
+    places: tuple[Tensor, ...],
+    past: tuple[Tensor, Tensor],
+) -> model.LayerOutputs:
+    """A layer up to its attention; NaN behind it."""
+    before = model.rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
+    attended, key, value = model.attention(config, kind, w, before, places, past)
+    normed = model.rms_norm(hidden + attended, config.rms_norm_eps)
+    normed = normed * w["post_attention_layernorm.weight"].to(hidden.dtype)
+    nothing = torch.full_like(hidden, torch.nan)
+    logits = torch.full((hidden.shape[1], config.num_local_experts), torch.nan)
+    return model.LayerOutputs(nothing, key, value, attended, nothing, before, normed, logits, nothing[0])

@@ -59,6 +59,7 @@ class GraphStack(Stack):
             layer = f"model.layers.{index}"
             values = [cache[name][0][:, rows].swapaxes(0, 1) for name in names]
             values += [out[f"{layer}.{name}"][0] for name in ("self_attn", "feed_forward")] + [out[layer][0]]
+            values += [out[f"{layer}.{name}"][0] for name in ("input_layernorm", "post_attention_layernorm")]
             if kind.moe:
                 values += [out[f"{layer}.feed_forward.{name}"] for name in ("router", "shared_expert")]
             found.append(values)

@@ -100,7 +100,7 @@ def walk_stack(
 ) -> list[Walk]:
     """A stack's layers fed the reference's inputs and, with ``free``, their own too: each layer is loaded once.
 
-    ``on_logits`` gets the free-running logits ``[S, V]`` of each sequence.
+    ``on_logits`` gets the free-running logits ``[S, V]`` of each sequence, unless a layer before is not finite.
     """
     c, sequences, n = stack.config, reference.sequences, len(reference.sequences)
     forced, running = Walk("forced"), Walk("free")
@@ -109,6 +109,8 @@ def walk_stack(
     forced.add(first)
     for i in range(c.num_hidden_layers):
         progress(i)
+        if free and not all(np.isfinite(hidden).all() for hidden in own):
+            free = False  # nothing that follows could be told from what is broken before it
         inputs = [*reference.hidden_before(i), *(own if free else ())]
         expected, found = reference.layer(i), list(stack.layer(i, inputs))
         top_k = c.num_experts_per_tok
@@ -122,7 +124,7 @@ def walk_stack(
     if free and on_logits is not None:
         for row, logits in enumerate(heads):
             on_logits(row, logits)
-    return [forced, running] if free else [forced]
+    return [forced, running] if running.comparisons else [forced]
 
 
 def _head(

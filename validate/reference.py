@@ -184,8 +184,9 @@ class LayeredReference(Stack):
         """transformers' layer, filled."""
         with torch.device("meta"):
             layer = self._layer_class(self._own, index)
+        weights = self._weights.layer(index)
         try:
-            layer.load_state_dict(self._weights.layer(index), strict=True, assign=True)
+            layer.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise _cannot_be_loaded(self._checkpoint, error) from error
         return layer.requires_grad_(False).eval()
@@ -206,7 +207,10 @@ class LayeredReference(Stack):
     def _run(self, layer: Any, index: int, hidden: Tensor) -> LayerValues:
         """One sequence ``[S, H]`` through a layer."""
         moe = self.config.is_moe(index)
-        taps = ["self_attn", "feed_forward"] + ["feed_forward.router", "feed_forward.shared_expert"] * moe
+        taps = ["input_layernorm", "self_attn", "post_attention_layernorm", "feed_forward"] + [
+            "feed_forward.router",
+            "feed_forward.shared_expert",
+        ] * moe
         seen: dict[str, Tensor] = {}
         cache = _Cache()
         with contextlib.ExitStack() as stack:
@@ -225,6 +229,8 @@ class LayeredReference(Stack):
             attention=_array(seen["self_attn"]),
             feed_forward=_array(seen["feed_forward"]),
             hidden=_array(out[0]),
+            attention_input=_array(seen["input_layernorm"]),
+            feed_forward_input=_array(seen["post_attention_layernorm"]),
             router=_array(seen["feed_forward.router"]) if moe else None,
             shared=_array(seen["feed_forward.shared_expert"]) if moe else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -177,4 +178,15 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"schema": SCHEMA, "passed": self.passed, **asdict(self)}
+        return {"schema": SCHEMA, "passed": self.passed, **_strict(asdict(self))}
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return value

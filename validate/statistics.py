@@ -150,8 +150,7 @@ def _signs(n: int) -> Floats:
     else:
         bits = np.random.default_rng([SEED, n]).integers(0, 2, (DRAWS + 1, n))
         bits[0] = 0
-    out: Floats = 1.0 - 2.0 * bits
-    return out
+    return np.where(bits == 0, 1.0, -1.0)
 
 
 def fewest_sequences(metrics: int, rate: float) -> int:

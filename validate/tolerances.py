@@ -102,6 +102,8 @@ ROUNDINGS = {
 
 MODULES = {
     "embed_tokens": ModuleTolerance(2, 8, "one rounding"),
+    "input_layernorm": ModuleTolerance(8, 30, "a norm; the residual stream comes rounded"),
+    "post_attention_layernorm": ModuleTolerance(12, 40, "as the first, behind attention and its residual"),
     "self_attn.value": ModuleTolerance(12, 25, "a norm, a product and their roundings"),
     "self_attn.key": ModuleTolerance(40, 100, "QK norm scales the rounding errors of a short key up with it"),
     "self_attn": ModuleTolerance(25, 80, "values cancel in their weighted sum"),

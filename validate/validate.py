@@ -282,8 +282,10 @@ class _Look:
             on_logits=on_logits,
             progress=lambda layer: self.say(f"layer {layer + 1} of {count}") if count > 8 else None,
         )
-        if free:
+        if free and self.prefill.sequences:
             judge_logits(self.report, "logits", self.prefill, self.bounds, self.masks[-1])
+        elif free:
+            self.report.checks.append(Check("logits: finite", "no", "all", False, "a layer's output is not finite"))
 
     def _marked(self) -> None:
         """The whole engine with its values in between, decoding included."""

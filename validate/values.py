@@ -12,9 +12,11 @@ Array = NDArray[Any]
 Tokens = NDArray[np.int64]
 
 PARTS = (
+    "input_layernorm",
     "self_attn.key",
     "self_attn.value",
     "self_attn",
+    "post_attention_layernorm",
     "feed_forward.router",
     "feed_forward.shared_expert",
     "feed_forward.experts",
@@ -45,6 +47,8 @@ class LayerValues:
     attention: Array  # [S, H]  behind o_proj
     feed_forward: Array  # [S, H]
     hidden: Array  # [S, H]  the layer's output, both residuals added
+    attention_input: Array  # [S, H]  behind input_layernorm
+    feed_forward_input: Array  # [S, H]  behind post_attention_layernorm
     router: Array | None = None  # [S, E] logits; MoE layers only
     shared: Array | None = None  # [S, H] the shared expert alone; MoE layers only
 
@@ -59,6 +63,8 @@ class LayerValues:
             "feed_forward.router": self.router,
             "feed_forward.shared_expert": self.shared,
             "feed_forward": self.feed_forward,
+            "input_layernorm": self.attention_input,
+            "post_attention_layernorm": self.feed_forward_input,
             "": self.hidden,
         }[name]
 

@@ -44,6 +44,8 @@ class WholeRun:
             inside[f"{name}.self_attn"],
             inside[f"{name}.feed_forward"],
             inside[name],
+            inside[f"{name}.input_layernorm"],
+            inside[f"{name}.post_attention_layernorm"],
             inside.get(f"{name}.feed_forward.router"),
             inside.get(f"{name}.feed_forward.shared_expert"),
         )

@@ -52,7 +52,7 @@ class FakeStack(Stack):
             router = np.zeros((len(ids), experts), np.float32)
             router[np.arange(len(ids)), (ids + moved) % experts] = 1 + ids % 7
             none = np.zeros((len(ids), 1), np.float32)
-            yield LayerValues(none, none, none, none, tokens, router if self.config.is_moe(index) else None)
+            yield LayerValues(none, none, none, none, tokens, none, none, router if self.config.is_moe(index) else None)
 
     def head(self, hidden: Listed[Array]) -> Iterator[Array]:
         raise NotImplementedError

@@ -62,9 +62,9 @@ class Made(Stack):
                 new(1, *heads),
                 new(2, c.hidden_size),
                 new(3, c.hidden_size),
-                new(4, c.hidden_size),
-                new(5, c.num_local_experts) if moe else None,
-                new(6, c.hidden_size) if moe else None,
+                *(new(field, c.hidden_size) for field in (4, 5, 6)),
+                new(7, c.num_local_experts) if moe else None,
+                new(8, c.hidden_size) if moe else None,
             )
             spoilt = self.spoil(place, values)
             if spoilt is not None:
