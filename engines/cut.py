@@ -35,6 +35,11 @@ class Part:
         Raises:
             EngineError: ONNX Runtime fails.
         """
+        missing = next((name for name in self.inputs if name not in feeds), None)
+        if missing is not None:
+            raise EngineError(
+                f"the part that gives {self.outputs[0]} also takes {missing}", hint="build the engine again"
+            )
         try:
             values = self._session.run(self.outputs, {name: feeds[name] for name in self.inputs})
         except Exception as error:  # its exceptions have no common base below Exception

@@ -47,17 +47,20 @@ class GraphStack(Stack):
     def _run(self, part: Part, index: int, hidden: Array) -> LayerValues:
         c, kind, length = self.config, kind_of(self.config, index), hidden.shape[1]
         names = [f"past_key_values.{index}.{name}" for name in ("key", "value")]
+        # A layer that is wired to another's cache gets an empty one: what it should have read is not there then.
+        caches = {*names, *(name for name in part.inputs if name.startswith("past_key_values."))}
         shape = (1, c.num_key_value_heads, c.cache_rows(index, length), c.head_dim)
-        cache = {name: np.zeros(shape, self._type) for name in names}
+        cache = {name: np.zeros(shape, self._type) for name in caches}
         found: list[list[Array]] = []
         chunk = c.attention_chunk_size
         for begin, end in pieces(length, chunk, self._longest):
             positions = np.arange(begin, end)
             out = part.run({HIDDEN: hidden[:, begin:end], "position_ids": positions[None], **cache})
-            cache = {name: out[name.replace("past_key_values", "present")] for name in names}
+            written = dict(zip(names, list(out.values())[1:3], strict=True))  # by place: the name may be another's
+            cache |= written
             rows = positions % chunk if kind.rope and chunk else positions
             layer = f"model.layers.{index}"
-            values = [cache[name][0][:, rows].swapaxes(0, 1) for name in names]
+            values = [value[0][:, rows].swapaxes(0, 1) for value in written.values()]
             values += [out[f"{layer}.{name}"][0] for name in ("self_attn", "feed_forward")] + [out[layer][0]]
             values += [out[f"{layer}.{name}"][0] for name in ("input_layernorm", "post_attention_layernorm")]
             if kind.moe:

@@ -75,7 +75,8 @@ def compare_module(
     rms = _rms(y)
     floor = FLOOR * float(np.sqrt(np.mean(rms**2)))
     scale = np.maximum(rms, floor) if floor > 0 else np.ones(len(y))
-    difference = np.abs(x - y)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(x - y)
     difference[np.isnan(difference)] = np.inf  # a NaN, or infinity for infinity, is as wrong as can be
     with np.errstate(over="ignore", invalid="ignore"):
         relative = np.sqrt(np.mean(difference**2, axis=1)) / scale
