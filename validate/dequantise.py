@@ -100,12 +100,12 @@ class _Weight:
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[Index]:
-    """Cuts a tensor along its first axis, and where one row of that is much already, along the second too."""
+    """Cuts a tensor along its first axis, and a stack of matrices along their rows too where one is large."""
     if not shape:
         yield ()
         return
     row = math.prod(shape[1:])
-    if row > PIECE and len(shape) > 1:
+    if row > PIECE and len(shape) > 2:
         for i in range(shape[0]):
             for rest in _pieces(shape[1:]):
                 yield (slice(i, i + 1), *rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,8 @@ def compare_module(
             where,
             int(kept.sum()),
             ok,
+            sequence,
+            place,
         ),
         errors,
     )
@@ -155,9 +157,19 @@ def compare_layer(
             [a for a in ours if a is not None],
             agreed if part in AFTER_ROUTING else before,
         )
+        if part == "feed_forward.experts" and module.tokens:
+            module = _with_experts(module, expected, top_k)
         out.modules.append(module)
         out.errors.append(errors)
     return out
+
+
+def _with_experts(module: Module, expected: Many[LayerValues], top_k: int) -> Module:
+    """Says which experts the worst token has: one of them is the one to look at."""
+    router = expected[module.sequence].router
+    assert router is not None
+    (chosen,) = chosen_experts(router[module.token : module.token + 1], top_k).tolist()
+    return replace(module, where=f"{module.where}, expert {', '.join(map(str, chosen))}")
 
 
 def _compare_routing(

@@ -68,7 +68,7 @@ class RecordingKey:
             raise EngineError(f"{self.label}: without the hash of config.json nothing can be kept", hint="give it too")
         releases = [shuntyard.__version__, torch.__version__, importlib.metadata.version("onnxruntime")]
         lengths = [len(each.tokens) for each in sequences]
-        told = [SCHEMA, *releases, self.label, self.dtype, sorted(self.files.items()), lengths]
+        told = [SCHEMA, FIELDS, *releases, self.label, self.dtype, sorted(self.files.items()), lengths]
         digest = hashlib.sha256(json.dumps(told).encode())
         for each in sequences:
             digest.update(np.ascontiguousarray(each.tokens, "<i8").tobytes())

@@ -207,10 +207,8 @@ class LayeredReference(Stack):
     def _run(self, layer: Any, index: int, hidden: Tensor) -> LayerValues:
         """One sequence ``[S, H]`` through a layer."""
         moe = self.config.is_moe(index)
-        taps = ["input_layernorm", "self_attn", "post_attention_layernorm", "feed_forward"] + [
-            "feed_forward.router",
-            "feed_forward.shared_expert",
-        ] * moe
+        taps = ["input_layernorm", "self_attn", "post_attention_layernorm", "feed_forward"]
+        taps += ["feed_forward.router", "feed_forward.shared_expert"] * moe
         seen: dict[str, Tensor] = {}
         cache = _Cache()
         with contextlib.ExitStack() as stack:

@@ -44,6 +44,8 @@ class Module:
     where: str  # "sequence 'chunk 1', token 17, channel 3"
     tokens: int  # compared; tokens whose experts tied are left out
     ok: bool | None
+    sequence: int = 0  # where it is worst: its place among the sequences
+    token: int = 0  # and the token in it
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_a_sound_engine_passes(worded: Worded) -> None:
     assert [n for n in names if n.startswith("greedy")] == [f"greedy: 20 tokens after {n}" for n in (8, 5, 2)]
     for mode in ("forced", "inverse", "free"):  # 8 layers, 4 of them routed
         own = [module for module in report.modules if module.mode == mode]
-        assert len(own) == 8 * 5 + 4 * 3 + (0 if mode == "free" else 2)
+        assert len(own) == 8 * 7 + 4 * 3 + (0 if mode == "free" else 2)
         assert all(module.ok for module in own)
     assert [routing.layer for routing in report.routing] == [1, 3, 5, 7]
     assert all(sum(r.load_reference) == sum(r.load_engine) == 2 * 6 * 28 for r in report.routing)  # top-2
