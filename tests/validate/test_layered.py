@@ -22,7 +22,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextDecoderLayer
 from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.config import Rope
 from shuntyard.validate.demo import miniature
-from shuntyard.validate.dequantise import DequantisedCheckpoint
+from shuntyard.validate.dequantise import DequantisedCheckpoint, dequantised_state
 from shuntyard.validate.reference import LayeredReference, Reference
 from shuntyard.validate.stack import Stack
 from shuntyard.validate.values import Array, LayerValues, Tokens
@@ -331,3 +331,18 @@ def test_frequencies_that_transformers_does_not_share(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Rope, "inverse_frequencies", lambda self, dim: right(self, dim) * 1.001)
     with pytest.raises(CheckpointError, match="rotary frequencies are not shuntyard's"):
         LayeredReference(write_checkpoint(tmp_path / "checkpoint", raw_config()))
+
+
+@pytest.mark.parametrize("piece", [1, 40, 1000])
+@pytest.mark.parametrize(("layout", "way"), WAYS, ids=str)
+def test_values_do_not_depend_on_the_pieces_that_are_read(
+    tmp_path: Path, layout: str, way: Way, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = raw_config(intermediate_size=32, intermediate_size_mlp=48, num_hidden_layers=2)
+    weights = random_weights(parsed(raw), dtype=torch.bfloat16)
+    made = handmade(raw, weights, lambda name: PLAIN if "router" in name else way, lambda layer: layout)
+    monkeypatch.setattr("shuntyard.validate.dequantise.PIECE", piece)
+    state = dequantised_state(made.write(tmp_path / "checkpoint"))
+    assert state.keys() == made.values.keys()
+    for name, value in made.values.items():
+        assert torch.equal(state[name], value.float()), name

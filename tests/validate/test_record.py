@@ -62,7 +62,9 @@ class Made(Stack):
                 new(1, *heads),
                 new(2, c.hidden_size),
                 new(3, c.hidden_size),
-                *(new(field, c.hidden_size) for field in (4, 5, 6)),
+                new(4, c.hidden_size),
+                new(5, c.hidden_size),
+                new(6, c.hidden_size),
                 new(7, c.num_local_experts) if moe else None,
                 new(8, c.hidden_size) if moe else None,
             )
@@ -192,11 +194,12 @@ def test_what_it_depends_on_makes_another(tmp_path: Path, monkeypatch: pytest.Mo
         (shuntyard, "__version__", "0"),
         (torch, "__version__", "0"),
         (module, "SCHEMA", -1),
+        (module, "FIELDS", FIELDS[::-1]),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             names.add(cached_recording(Made, KEY, SOME, tmp_path).directory.name)
-    assert len(names) == len(others) + 3 == len(list(tmp_path.iterdir()))
+    assert len(names) == len(others) + 4 == len(list(tmp_path.iterdir()))
 
 
 def test_a_key_says_it_all_or_is_refused(tmp_path: Path) -> None:
@@ -221,7 +224,9 @@ def put_a_file_there(folder: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a bit of a value": lambda folder: flip(folder / "layer-0001.key.npy", -1),
     "a bit of a header": lambda folder: flip(folder / "logits.npy", 8),
-    "a bit of the index": lambda folder: flip(folder / INDEX_NAME, 100),
+    "a letter of the index": lambda folder: flip(
+        folder / INDEX_NAME, (folder / INDEX_NAME).read_bytes().find(b"stack")
+    ),
     "no index": lambda folder: (folder / INDEX_NAME).unlink(),
     "an empty index": lambda folder: (folder / INDEX_NAME).write_text(""),
     "no file": lambda folder: (folder / "embedding.npy").unlink(),
