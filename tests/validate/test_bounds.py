@@ -18,7 +18,7 @@ def test_the_table_is_whole_and_every_entry_has_its_reason() -> None:
     assert set(MODULES) == {*PARTS, "embed_tokens", "lm_head"}
     assert set(TOLERANCES) == set(ROUNDINGS) == set(ORDER)
     for table in (MODULES, ROUNDINGS, TOLERANCES):
-        assert all(entry.reason for entry in table.values())  # type: ignore[attr-defined]
+        assert all(entry.reason for entry in table.values())
 
 
 def test_the_coarser_format_counts() -> None:
