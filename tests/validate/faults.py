@@ -7,53 +7,20 @@ NoPE in 3 and 7, experts in 1, 3, 5 and 7; chunk and temperature have edges with
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import onnx_ir as ir
-import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shuntyard.engines import lower
-from shuntyard.engines.build import Request, build
-from shuntyard.exporter.config_file import load_config_file
-from shuntyard.exporter.export import export
-from shuntyard.validate.inputs import Inputs
-from shuntyard.validate.report import Report
-from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint
-from tests.exporter.handmade import CHANNEL, PLAIN, declare_compressed_tensors, handmade
 from tests.validate import planting as p
+from tests.validate import planting_engine as e
 
 Tensors = dict[str, Tensor]
 Raw = dict[str, Any]
-
-OVERFLOW = 2.0**20
-
-
-@dataclass(frozen=True)
-class Base:
-    """A sound model, and what it is run on."""
-
-    checkpoint: Path
-    inputs: Inputs
-    max_context: int
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk."""
-        chunk = load_config_file(self.checkpoint / "config.json").text.attention_chunk_size
-        assert chunk is not None
-        return chunk
 
 
 @dataclass(frozen=True)
@@ -67,9 +34,11 @@ class Fault:
     config: Callable[[Raw, int], None] | None = None  # in place; the chunk as it was
     code: Callable[[int], p.Code] | None = None  # of a chunk; runs in eager and in an export
     eager: Callable[[int], p.Code] | None = None  # what code does that cannot be traced; an engine has it in its graph
-    graph: Callable[[int], p.Surgery] | None = None
-    run: p.Run | None = None
+    graph: Callable[[int], e.Surgery] | None = None
+    run: e.Run | None = None
     refused: str = ""  # a word of the error where the fault is no report, but a refusal by name
+    unfit: dict[str, str] = field(default_factory=dict)  # formats that the sound model does not fit in, and why
+    coarse: dict[str, str] = field(default_factory=dict)  # formats that round as much as the fault is, and why
 
     @property
     def is_eager(self) -> bool:
@@ -156,8 +125,12 @@ def _set(**changes: Any) -> Callable[[Raw, int], None]:
     return plant
 
 
-def _rope(**changes: float | str) -> Callable[[Raw, int], None]:
+def _rope(**changes: float) -> Callable[[Raw, int], None]:
     return lambda raw, chunk: raw["rope_parameters"].update(changes)
+
+
+def _plain_rope(raw: Raw, chunk: int) -> None:
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw["rope_parameters"]["rope_theta"]}
 
 
 def _chunk_off_by_one(raw: Raw, chunk: int) -> None:
@@ -176,7 +149,7 @@ def _code(code: p.Code) -> Callable[[int], p.Code]:
     return lambda chunk: code
 
 
-def _surgery(surgery: p.Surgery) -> Callable[[int], p.Surgery]:
+def _surgery(surgery: e.Surgery) -> Callable[[int], e.Surgery]:
     return lambda chunk: surgery
 
 
@@ -196,7 +169,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("the score applied to the output", FIRST_EXPERTS, code=_code(p.moe_with(on_output=True))),
     Fault("a NoPE layer given RoPE", layer(3, "self_attn.key"), config=_kind(3, 1)),
     Fault("chunk off by one", (*FIRST_KEY, *FIRST_ATTENTION), config=_chunk_off_by_one),
-    Fault("rope scaling off", FIRST_KEY, config=_rope(rope_type="default")),
+    Fault("rope scaling off", FIRST_KEY, config=_plain_rope),
     Fault(
         "temperature a token late",
         layer(3, "self_attn"),
@@ -215,7 +188,7 @@ FAULTS: tuple[Fault, ...] = (
         "the router in bf16",
         layer(1, "feed_forward.router"),
         eager=_code(p.moe_with(router=p.in_bfloat16)),
-        graph=_surgery(p.router_through(ir.DataType.BFLOAT16)),
+        graph=_surgery(e.router_through(ir.DataType.BFLOAT16)),
     ),
     Fault("softmax for sigmoid", FIRST_EXPERTS, code=_code(p.moe_with(score=p.softmax_score))),
     Fault(
@@ -223,7 +196,7 @@ FAULTS: tuple[Fault, ...] = (
         (*FIRST_KEY, *FIRST_ATTENTION),
         config=_set(attention_chunk_size=None),
         eager=lambda chunk: p.masked(p.window, chunk, p.is_rope),
-        graph=lambda chunk: p.mask_in_graph(p.window, chunk, rope_only=True),
+        graph=lambda chunk: e.mask_in_graph(p.window, chunk, rope_only=True),
     ),
     Fault(
         "QK norm on NoPE layers too",
@@ -234,8 +207,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "stale cache rows are seen",
         FIRST_ATTENTION,
-        graph=lambda chunk: p.mask_in_graph(p.future, chunk, rope_only=False),
-        run=p.stale_rows,
+        graph=lambda chunk: e.mask_in_graph(p.future, chunk, rope_only=False),
+        run=e.stale_rows,
     ),
     Fault(
         "gate and up exchanged",
@@ -283,6 +256,7 @@ FAULTS: tuple[Fault, ...] = (
         layer(1, "feed_forward.shared_expert"),
         base="large",
         code=_code(p.clamped_swiglu(65504.0)),
+        unfit={"fp16": "without the clamp it overflows"},
     ),
     Fault(
         "biases forgotten",
@@ -293,42 +267,42 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("NaN in one expert's rows", FIRST_EXPERTS, code=_code(p.moe_with(rows=p.nan_rows))),
     Fault("the scale of one channel doubled", layer(3, "feed_forward.experts"), base="fp8", weights=_scale_of_channel),
-    Fault("the cache a row late at a chunk's edge", layer(2, *CACHE), run=p.late_at_edge(2)),
-    Fault("positions off by one after an edge", layer(0, *CACHE), run=p.early_after_edge()),
+    Fault("the cache a row late at a chunk's edge", layer(2, *CACHE), run=e.late_at_edge(2)),
+    Fault("positions off by one after an edge", layer(0, *CACHE), run=e.early_after_edge()),
     Fault(
         "chunks ignored in decoding",
         FIRST_ATTENTION,
         config=_set(attention_chunk_size=None),
         code=p.rotated_within,
         eager=lambda chunk: p.masked(p.unchunked_decoding, chunk, p.is_rope),
-        graph=lambda chunk: p.mask_in_graph(p.unchunked_decoding, chunk, rope_only=True),
+        graph=lambda chunk: e.mask_in_graph(p.unchunked_decoding, chunk, rope_only=True),
     ),
-    Fault("writes to a cache lost in decoding", layer(4, *CACHE), run=p.dropped_writes(4)),
-    Fault("caches of two layers exchanged", layer(1, *CACHE), run=p.exchanged_caches(1, 4)),
-    Fault("two layers in the wrong order", ("model.layers.4", "model.layers.4.*"), graph=_surgery(p.in_other_order(4))),
-    Fault("a layer skipped", ("model.layers.6", "model.layers.6.*"), graph=_surgery(p.skipped(5))),
-    Fault("a layer reads another's cache", layer(4, "self_attn"), graph=_surgery(p.cache_of(4, 0))),
+    Fault("writes to a cache lost in decoding", layer(4, *CACHE), run=e.dropped_writes(4)),
+    Fault("caches of two layers exchanged", layer(1, *CACHE), run=e.exchanged_caches(1, 4)),
+    Fault("two layers in the wrong order", ("model.layers.4", "model.layers.4.*"), graph=_surgery(e.in_other_order(4))),
+    Fault("a layer skipped", ("model.layers.6", "model.layers.6.*"), graph=_surgery(e.skipped(5))),
+    Fault("a layer reads another's cache", layer(4, *CACHE), graph=_surgery(e.cache_of(4, 0))),
     Fault(
         "router logits through fp16",
         layer(1, "feed_forward.router"),
         eager=_code(p.moe_with(router=p.rounded_to(torch.float16))),
-        graph=_surgery(p.router_through(ir.DataType.FLOAT16)),
+        graph=_surgery(e.router_through(ir.DataType.FLOAT16)),
     ),
     Fault(
         "two experts exchanged in the graph",
         layer(3, "feed_forward.experts"),
-        graph=_surgery(p.other_experts(3, [0, 2, 1, 3])),
+        graph=_surgery(e.other_experts(3)),
     ),
     Fault(
         "key's and value's weights exchanged",
         layer(2, "self_attn.key", "self_attn.value"),
-        graph=_surgery(p.exchanged(2, "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
+        graph=_surgery(e.exchanged(2, "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
     ),
     Fault(
         "the next token is seen",
         FIRST_ATTENTION,
         eager=lambda chunk: p.masked(p.future, chunk),
-        graph=lambda chunk: p.mask_in_graph(p.future, chunk, rope_only=False),
+        graph=lambda chunk: e.mask_in_graph(p.future, chunk, rope_only=False),
     ),
     Fault(
         "NaN in one expert's weight",
@@ -338,128 +312,3 @@ FAULTS: tuple[Fault, ...] = (
     ),
 )
 """Numbered from 1 in this order."""
-
-
-# Sound models
-
-
-def small(**changes: Any) -> Raw:
-    """``config.json`` of the random models."""
-    return raw_config(**{"num_hidden_layers": 8, "num_experts_per_tok": 1, **changes})
-
-
-def write_base(folder: Path, name: str) -> Base:
-    """One of the random models that faults are planted in, with tokens beyond chunk and floor."""
-    raw = small(**{"top-2": {"num_experts_per_tok": 2}, "bias": {"attention_bias": True}}.get(name, {}))
-    weights = random_weights(parsed(raw), seed=11, dtype=torch.bfloat16)
-    if name == "large":
-        up, down = (f"model.layers.1.feed_forward.shared_expert.{part}_proj.weight" for part in ("up", "down"))
-        weights[up], weights[down] = weights[up] * OVERFLOW**0.75, weights[down] / OVERFLOW**0.75
-    path = folder / name
-    if name == "fp8":
-        made = handmade(raw, weights, lambda module: CHANNEL if "experts" in module else PLAIN)
-        declare_compressed_tensors(made).write(path)
-    else:
-        write_checkpoint(path, raw, weights)
-    random = np.random.default_rng(3)
-    lines = [random.integers(0, raw["vocab_size"], n).tolist() for n in (40, 40, 37, 21, 5)]
-    tokens = folder / f"{name}.jsonl"
-    tokens.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return Base(path, Inputs(tokens=tokens), 48)
-
-
-BASES = ("plain", "top-2", "bias", "large", "fp8")
-
-
-def spoilt(fault: Fault, base: Base, folder: Path) -> Path:
-    """The checkpoint that our side reads: a copy where the fault is in its files, else the base's own."""
-    if fault.weights is None and fault.config is None:
-        return base.checkpoint
-    shutil.copytree(base.checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-    tensors: Tensors = {}
-    for file in sorted(base.checkpoint.glob("*.safetensors")):
-        tensors |= load_file(file)
-    if fault.weights is not None:
-        fault.weights(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    raw = json.loads((folder / "config.json").read_text())
-    if fault.config is not None:
-        fault.config(raw, base.chunk)
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
-
-
-@contextmanager
-def code_planted(fault: Fault, base: Base, *, eager: bool) -> Iterator[None]:
-    """The exporter's code with the fault; ``eager`` also with what cannot be traced."""
-    config = load_config_file(base.checkpoint / "config.json").text
-    with pytest.MonkeyPatch.context() as patch:
-        for code in (fault.code, fault.eager if eager else None):
-            if code is not None:
-                code(base.chunk)(patch, config)
-        yield
-
-
-@contextmanager
-def run_planted(fault: Fault, base: Base) -> Iterator[None]:
-    """ONNX Runtime's runner with the fault."""
-    with pytest.MonkeyPatch.context() as patch:
-        if fault.run is not None:
-            fault.run(patch, base.chunk)
-        yield
-
-
-def export_faulty(fault: Fault, base: Base, folder: Path) -> Path:
-    """A model directory of files and code with the fault."""
-    checkpoint = spoilt(fault, base, folder / "checkpoint")
-    with code_planted(fault, base, eager=False):
-        export(checkpoint, folder / "model")
-    return folder / "model"
-
-
-def build_faulty(fault: Fault, base: Base, model: Path, out: Path, dtype: str = "fp32") -> Path:
-    """An ONNX Runtime engine of it, with the fault in its graph."""
-    right = lower.for_onnxruntime
-
-    def lowered(graph: ir.Model, own: str) -> None:
-        right(graph, own)
-        if fault.graph is not None:
-            fault.graph(base.chunk)(graph)
-
-    with mock.patch.object(lower, "for_onnxruntime", lowered):
-        build(model, out, Request(dtype=dtype, max_context=base.max_context))
-    return out
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the validator said of a fault."""
-
-    caught: bool
-    named: bool
-    culprit: str
-    mode: str
-    times: float  # how many times its bound the worst value of the culprit's layer is
-    failures: list[str] = field(default_factory=list)
-
-
-def verdict(fault: Fault, report: Report) -> Verdict:
-    """Of a report; a check of files alone catches nothing."""
-    failures = [check for check in report.failures if not check.name.startswith("files")]
-    number = report.culprit.split(".")[2] if report.culprit.startswith("model.layers.") else None
-    own = [
-        value / bound
-        for m in report.modules
-        if m.mode == report.culprit_mode and (m.module == report.culprit if number is None else str(m.layer) == number)
-        for value, bound in ((m.relative, m.relative_bound), (m.coordinate, m.coordinate_bound))
-        if bound and m.ok is False
-    ]
-    own += [flip.margin / flip.bound for flip in report.flips if number == str(flip.layer) and flip.bound]
-    return Verdict(
-        bool(failures),
-        bool(failures) and fault.is_right(report.culprit),
-        report.culprit,
-        report.culprit_mode,
-        max(own, default=0.0),
-        [f"{check.name}: {check.value} ({check.bound})" for check in failures[:6]],
-    )
