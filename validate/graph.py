@@ -18,6 +18,10 @@ from shuntyard.validate.values import Array, LayerValues, Tokens
 _NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 
+TOKENS_AT_ONCE = 2048
+"""Of a batch: bounds the memory of what a layer computes."""
+
+
 def graph_label(*, optimise: bool) -> str:
     """What a ``GraphStack`` calls itself."""
     return f"{'engine' if optimise else 'graph'}'s layers, ONNX Runtime {onnxruntime.__version__}"
@@ -39,34 +43,39 @@ class GraphStack(Stack):
             yield part.run({"input_ids": tokens[None]})["model.embed_tokens"][0].astype(np.float32)
 
     def layer(self, index: int, hidden: Sequence[Array]) -> Iterator[LayerValues]:
-        """See :class:`Stack`."""
+        """See :class:`Stack`. Sequences of the same length are run as a batch, as an engine would."""
         part = self._graph.part(f"model.layers.{index}")
-        for array in hidden:
-            yield self._run(part, index, array[None].astype(self._type))
+        found: dict[int, LayerValues] = {}
+        for rows in _batches([len(array) for array in hidden]):
+            batch = np.stack([hidden[row] for row in rows]).astype(self._type)
+            found |= dict(zip(rows, self._run(part, index, batch), strict=True))
+        for row in range(len(hidden)):
+            yield found.pop(row)
 
-    def _run(self, part: Part, index: int, hidden: Array) -> LayerValues:
-        c, kind, length = self.config, kind_of(self.config, index), hidden.shape[1]
+    def _run(self, part: Part, index: int, hidden: Array) -> list[LayerValues]:
+        c, kind, (batch, length, _) = self.config, kind_of(self.config, index), hidden.shape
         names = [f"past_key_values.{index}.{name}" for name in ("key", "value")]
         # A layer that is wired to another's cache gets an empty one: what it should have read is not there then.
         caches = {*names, *(name for name in part.inputs if name.startswith("past_key_values."))}
-        shape = (1, c.num_key_value_heads, c.cache_rows(index, length), c.head_dim)
+        shape = (batch, c.num_key_value_heads, c.cache_rows(index, length), c.head_dim)
         cache = {name: np.zeros(shape, self._type) for name in caches}
         found: list[list[Array]] = []
         chunk = c.attention_chunk_size
+        layer = f"model.layers.{index}"
+        inside = ["self_attn", "feed_forward", "", "input_layernorm", "post_attention_layernorm"]
+        inside += ["feed_forward.router", "feed_forward.shared_expert"] * kind.moe
         for begin, end in pieces(length, chunk, self._longest):
             positions = np.arange(begin, end)
-            out = part.run({HIDDEN: hidden[:, begin:end], "position_ids": positions[None], **cache})
+            ids = np.ascontiguousarray(np.broadcast_to(positions, (batch, end - begin)))
+            out = part.run({HIDDEN: hidden[:, begin:end], "position_ids": ids, **cache})
             written = dict(zip(names, list(out.values())[1:3], strict=True))  # by place: the name may be another's
             cache |= written
             rows = positions % chunk if kind.rope and chunk else positions
-            layer = f"model.layers.{index}"
-            values = [value[0][:, rows].swapaxes(0, 1) for value in written.values()]
-            values += [out[f"{layer}.{name}"][0] for name in ("self_attn", "feed_forward")] + [out[layer][0]]
-            values += [out[f"{layer}.{name}"][0] for name in ("input_layernorm", "post_attention_layernorm")]
-            if kind.moe:
-                values += [out[f"{layer}.feed_forward.{name}"] for name in ("router", "shared_expert")]
-            found.append(values)
-        return LayerValues(*(np.concatenate(parts).astype(np.float32) for parts in zip(*found, strict=True)))
+            values = [value[:, :, rows].swapaxes(1, 2) for value in written.values()]
+            parts = [out[f"{layer}.{name}" if name else layer] for name in inside]
+            found.append(values + [part.reshape(batch, end - begin, -1) for part in parts])
+        whole = [np.concatenate(parts, axis=1).astype(np.float32) for parts in zip(*found, strict=True)]
+        return [LayerValues(*(value[row] for value in whole)) for row in range(batch)]
 
     def head(self, hidden: Sequence[Array]) -> Iterator[Array]:
         """See :class:`Stack`."""
@@ -74,3 +83,11 @@ class GraphStack(Stack):
         for array in hidden:
             feeds = {HIDDEN: array[None].astype(self._type), "logits_indices": np.arange(len(array))[None]}
             yield part.run(feeds)["logits"][0]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of the same length together, of at most ``TOKENS_AT_ONCE`` tokens."""
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        size = max(1, TOKENS_AT_ONCE // length)
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))

@@ -58,12 +58,14 @@ def judge_logits(
     report.at_most(f"{part}: top-5 disagreement", float(1 - over_tokens("top5").mean()), None, module=HEAD)
     losses = over_tokens("nll"), over_tokens("nll_reference")
     if not np.isnan(losses[0]).all():
-        ours, theirs = (float(np.exp(np.nanmean(loss))) for loss in losses)
+        ours, theirs = (float(np.nanmean(loss)) for loss in losses)
+        # On a text that a model knows less of than by guessing, losses are any number, and are rounded as such.
+        guessing = float(np.log(statistics.vocabulary))
         report.at_most(
             f"{part}: perplexity, relative",
-            abs(ours / theirs - 1),
-            whole.perplexity,
-            f"engine {ours:.4f}, reference {theirs:.4f}",
+            float(np.abs(np.expm1(ours - theirs))),
+            whole.perplexity * max(1.0, theirs / guessing),
+            f"engine {np.exp(ours):.6g}, reference {np.exp(theirs):.6g}",
             HEAD,
         )
 

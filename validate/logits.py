@@ -43,11 +43,13 @@ class LogitStatistics:
     """Of all sequences of one part: prefill, or decoding."""
 
     sequences: list[SequenceStatistics] = field(default_factory=list)
+    vocabulary: int = 2
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(EDGES) - 1, np.int64))
 
     def add(self, sequence: Sequence, reference: Array, actual: Array, first: int = 0) -> None:
         """Adds a sequence's logits ``[S, V]``, of which those from ``first`` on count."""
-        step = max(1, AT_ONCE // reference.shape[1])
+        self.vocabulary = reference.shape[1]
+        step = max(1, AT_ONCE // self.vocabulary)
         found: list[dict[str, Array]] = []
         for begin in range(first, len(reference), step):
             place = slice(begin, min(begin + step, len(reference)))

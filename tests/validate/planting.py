@@ -42,11 +42,23 @@ def attention_with(
         def changed(*arguments: Any) -> Any:
             return change(right, config, arguments) if where(here[0]) else right(*arguments)
 
-        changed.default = right.default  # type: ignore[attr-defined]  # what an export translates the op by
         patch.setattr(model, "attention", noted)
-        patch.setattr(torch.ops.shuntyard, "cached_attention", changed)
+        # The model's own view of torch alone: an export goes through all of torch.ops itself.
+        ops = _View(torch.ops.shuntyard, cached_attention=changed)
+        patch.setattr(model, "torch", _View(torch, ops=_View(torch.ops, shuntyard=ops)))
 
     return plant
+
+
+class _View:
+    """Another's attributes, but for some."""
+
+    def __init__(self, of: Any, **changes: Any) -> None:
+        self._of = of
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
 
 
 def is_rope(kind: LayerKind) -> bool:
