@@ -12,7 +12,7 @@ from shuntyard.validate.layers import Masks, Walk
 from shuntyard.validate.logits import LogitStatistics
 from shuntyard.validate.modules import compare_module
 from shuntyard.validate.record import Recording
-from shuntyard.validate.report import Check, Module, Report
+from shuntyard.validate.report import Check, Module, Report, Routing
 from shuntyard.validate.values import module_name
 from shuntyard.validate.whole import WholeRun
 
@@ -20,9 +20,18 @@ HEAD = "logits"
 
 
 def judge_logits(
-    report: Report, part: str, statistics: LogitStatistics, bounds: Bounds, keep: Many[NDArray[np.bool_]]
+    report: Report,
+    part: str,
+    statistics: LogitStatistics,
+    bounds: Bounds,
+    keep: Many[NDArray[np.bool_]],
+    *,
+    layers: bool,
 ) -> None:
-    """Adds the checks of one part; ``keep [S]`` of each sequence says which tokens count."""
+    """Adds the checks of one part; ``keep [S]`` of each sequence says which tokens count.
+
+    ``layers``: whether layers are looked at, too, and can give a verdict where no token counts here.
+    """
     whole = bounds.whole
     masks = [k[s.first : s.first + len(s.kl)] for k, s in zip(keep, statistics.sequences, strict=True)]
     total, counted = sum(len(m) for m in masks), sum(int(m.sum()) for m in masks)
@@ -31,7 +40,9 @@ def judge_logits(
             f"{part}: {total - counted} of {total} tokens are left out: the reference's experts nearly tied before"
         )
     if not counted:
-        report.notes.append(f"{part}: no token is left to judge the logits by; the modules' bounds decide")
+        # The modules' bounds decide then; where no layer is looked at, that is no verdict.
+        detail = "the reference's experts nearly tie from the first token on: give other prompts"
+        report.checks.append(Check(f"{part}: tokens to judge", 0.0, ">= 1", None if layers else False, detail, HEAD))
         return
 
     def over_tokens(name: str) -> NDArray[np.float64]:
@@ -93,9 +104,9 @@ def judge_cache(
                 "free",
                 bounds,
                 sequences,
-                [values[: len(run.logits)] for run in runs if (values := expected[run.row].part(name)) is not None],
+                [values[: run.length] for run in runs if (values := expected[run.row].part(name)) is not None],
                 [(run.keys if name.endswith("key") else run.values)[layer] for run in runs],
-                [masks[layer][run.row][: len(run.logits)] for run in runs],
+                [masks[layer][run.row][: run.length] for run in runs],
             )
             if worst is None or module.relative > worst.relative:
                 worst = module
@@ -141,12 +152,27 @@ def _add(report: Report, mode: str, name: str, module: Module) -> None:
     report.at_most(f"{mode}: {name}, {metric}", value, bound, f"{module.module}: {module.where}", module.module)
 
 
+FEW_TOKENS = 20
+LEAST_AGREEMENT = 0.5
+"""Tokens whose experts nearly tie are left out; of a layer where most are, too few are left to say that it is right."""
+
+
+def _judge_agreement(report: Report, walk: Walk, routed: list[Routing]) -> None:
+    for routing in routed:
+        if routing.agreement < LEAST_AGREEMENT and (routing.tokens >= FEW_TOKENS or routing.agreement == 0):
+            module = module_name(routing.layer, "feed_forward.router")
+            detail = f"{routing.flips} of {routing.tokens} tokens have other experts, be it at near ties"
+            report.at_least(f"{walk.mode}: {module}, agreement", routing.agreement, LEAST_AGREEMENT, detail, module)
+
+
 def _judge_flips(report: Report, walk: Walk) -> None:
     """Margins of flips; free-running ones follow from errors elsewhere and are counted only."""
     routed = [c.routing for c in walk.comparisons if c.routing is not None]
     if not routed:
         return
     tokens, flips = sum(r.tokens for r in routed), sum(r.flips for r in routed)
+    if walk.mode != "free":
+        _judge_agreement(report, walk, routed)
     agreement = 1 - flips / max(1, tokens)
     report.checks.append(
         Check(f"{walk.mode}: routing agreement", agreement, "-", None, f"{flips} of {tokens} choices differ")

@@ -160,8 +160,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every judged check holds."""
-        return all(check.ok is not False for check in self.checks)
+        """Whether every judged check holds, and there is one: what was not looked at has not passed."""
+        verdicts = [check.ok for check in self.checks if check.ok is not None]
+        return bool(verdicts) and all(verdicts)
 
     @property
     def failures(self) -> list[Check]:

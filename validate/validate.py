@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from shuntyard.validate.inputs import make_sequences
 from shuntyard.validate.judge import judge_cache, judge_logits, judge_modules
 from shuntyard.validate.layers import Masks, Walk, before_ties, walk_inverse, walk_stack, walk_whole
 from shuntyard.validate.logits import LogitStatistics
+from shuntyard.validate.metrics import kl
 from shuntyard.validate.record import Recording, cached_recording
 from shuntyard.validate.report import Check, Report
 from shuntyard.validate.subjects import Subject, open_subject
@@ -174,10 +175,18 @@ class _Look:
         self.sequences = list(recording.sequences)
         self.prefill = LogitStatistics()
         self.walks: list[Walk] = []
+        self.decoded: dict[int, Array] = {}  # logits of the shipped engine, by row
         everything: Masks = [np.ones(len(s.tokens), bool) for s in self.sequences]
         self.masks = [everything] * (subject.config.num_hidden_layers + 1)
         if bounds.format == "fp32":
             self.masks = before_ties(recording, subject.config, bounds)
+
+    @property
+    def _looks_at_layers(self) -> bool:
+        plan, subject = self.plan, self.subject
+        if plan.shipped_only or plan.polygraphy_load is not None:
+            return False
+        return subject.make_stack is not None or subject.can_be_marked
 
     def run(self) -> None:
         """All looks that the plan and the two models allow; fills the report's checks."""
@@ -204,13 +213,14 @@ class _Look:
         engine = self.subject.open()
         rows = list(range(len(self.sequences)))
         self.say("the engine as it is: prefill")
-        self._logits_and_cache("prefill", self.prefill, lambda: list(run_whole(engine, self.sequences, rows)), 0)
-        rows, split = self._decoded_rows()
+        self._logits_and_cache("prefill", self.prefill, lambda: run_whole(engine, self.sequences, rows), 0)
+        decoded, split = self._decoded_rows()
+        if not decoded:
+            self.report.notes.append("not exercised: decoding; give a longer sequence")
+            return
         self.say(f"the engine as it is: decoding from token {split} on")
         statistics = LogitStatistics()
-        self._logits_and_cache(
-            "decode", statistics, lambda: list(run_whole(engine, self.sequences, rows, split)), split
-        )
+        self._logits_and_cache("decode", statistics, lambda: run_whole(engine, self.sequences, decoded, split), split)
         self.say("the engine as it is: greedy continuation")
         try:
             greedy.compare(
@@ -219,7 +229,7 @@ class _Look:
                 engine,
                 self.other,
                 self.sequences,
-                rows,
+                decoded,
                 split,
                 self.plan.decode,
                 self.plan.cache,
@@ -238,17 +248,22 @@ class _Look:
         return (rows * 2 if len(rows) == 1 and size > 1 else rows), split
 
     def _logits_and_cache(
-        self, part: str, statistics: LogitStatistics, run: Callable[[], list[WholeRun]], first: int
+        self, part: str, statistics: LogitStatistics, run: Callable[[], Iterable[WholeRun]], first: int
     ) -> None:
         logits = self.recording.logits()
+        runs: list[WholeRun] = []
         try:
-            runs = run()
+            for found in run():
+                statistics.add(found.sequence, logits[found.row][: found.length], found.logits, first)
+                if first:
+                    self.decoded[found.row] = found.logits
+                found.logits = found.logits[:0]  # the largest values of all, and not needed any more
+                runs.append(found)
         except NotFiniteError as error:
             self.report.checks.append(Check(f"{part}: logits finite", "no", "all", False, error.hint))
             return
-        for found in runs:
-            statistics.add(found.sequence, logits[found.row][: len(found.logits)], found.logits, first)
-        judge_logits(self.report, part, statistics, self.bounds, [self.masks[-1][found.row] for found in runs])
+        keep = [self.masks[-1][found.row] for found in runs]
+        judge_logits(self.report, part, statistics, self.bounds, keep, layers=self._looks_at_layers)
         judge_cache(self.report, part, self.recording, runs, self.bounds, self.masks)
 
     def _loaded(self, path: Path) -> None:
@@ -258,7 +273,10 @@ class _Look:
         def read() -> list[WholeRun]:
             found = polygraphy_json.load_outputs(path, self.sequences, interface)
             rows = zip(found, self.sequences, strict=True)
-            return [WholeRun(i, s, f.logits, list(f.keys), list(f.values), {}) for i, (f, s) in enumerate(rows)]
+            return [
+                WholeRun(len(f.logits), i, s, f.logits, list(f.keys), list(f.values), {})
+                for i, (f, s) in enumerate(rows)
+            ]
 
         self.report.notes.append(f"the outputs are from {path}: the engine was not run")
         self._logits_and_cache("polygraphy", self.prefill, read, 0)
@@ -283,7 +301,7 @@ class _Look:
             progress=lambda layer: self.say(f"layer {layer + 1} of {count}") if count > 8 else None,
         )
         if free and self.prefill.sequences:
-            judge_logits(self.report, "logits", self.prefill, self.bounds, self.masks[-1])
+            judge_logits(self.report, "logits", self.prefill, self.bounds, self.masks[-1], layers=True)
         elif free:
             self.report.checks.append(Check("logits: finite", "no", "all", False, "a layer's output is not finite"))
 
@@ -291,11 +309,19 @@ class _Look:
         """The whole engine with its values in between, decoding included."""
         assert self.other.make_stack is not None
         self.say("the engine marked, and the reference's layers fed its inputs")
-        rows, split = self._decoded_rows()
-        rows = list(dict.fromkeys(rows))
+        decoded, split = self._decoded_rows()
+        rows = list(dict.fromkeys(decoded)) or list(range(len(self.sequences)))
         try:
-            runs = list(run_whole(self.subject.open(marked=True), self.sequences, rows, split))
-        except NotFiniteError:
-            return  # said before, by the engine as it is
+            runs = list(run_whole(self.subject.open(marked=True), self.sequences, rows, split if decoded else None))
+        except NotFiniteError as error:
+            self.report.checks.append(Check("inverse: logits finite", "no", "all", False, error.hint))
+            return
+        # What is found in the marked engine is said of the one that is shipped: they must be the same.
+        same = [kl(self.decoded[run.row], run.logits) for run in runs if run.row in self.decoded]
+        if same:
+            mean = max(0.0, float(np.concatenate(same).mean()))
+            self.report.at_most(
+                "inverse: mean KL of the marked engine from the shipped", mean, self.bounds.whole.mean_kl
+            )
         self.walks.append(walk_whole(runs, self.recording, self.bounds, self.subject.config, self.masks))
         self.walks.append(walk_inverse(runs, self.other.make_stack(), self.bounds, lambda layer: None))

@@ -20,6 +20,7 @@ LOGITS_AT_ONCE = 2**26
 class WholeRun:
     """What an engine gave for one sequence, or for its first ``S`` tokens."""
 
+    length: int  # S
     row: int  # of the sequence among all that are compared
     sequence: Sequence
     logits: Array  # [S, V]
@@ -76,6 +77,7 @@ def run_whole(
 def _run(found: Recording, place_in_batch: int, row: int, sequence: Sequence) -> WholeRun:
     place = place_in_batch, slice(0, len(sequence.tokens))
     return WholeRun(
+        len(sequence.tokens),
         row,
         sequence,
         found.logits[place],
