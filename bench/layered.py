@@ -10,6 +10,7 @@ but for writable ones). Then the weights of key and value of one layer are excha
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -93,7 +94,9 @@ def plant(model: Path, out: Path) -> str:
     for name in (MODEL_NAME, MANIFEST_NAME):
         (out / name).unlink()
     ir.save(graph, out / MODEL_NAME)
-    shutil.copyfile(model / MANIFEST_NAME, out / MANIFEST_NAME)
+    manifest = json.loads((model / MANIFEST_NAME).read_text())
+    manifest["graph_sha256"] = hashlib.sha256((out / MODEL_NAME).read_bytes()).hexdigest()
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
     return f"model.layers.{WRONG}.self_attn.key"
 
 

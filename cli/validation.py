@@ -69,6 +69,10 @@ def validate(engine: str, reference: str, as_json: bool, **asked: Any) -> None:
 
     if as_json and asked["github"]:
         raise click.UsageError("--json and --github both write to stdout: ask for one of them")
+    if asked["polygraphy_load"] is not None and (asked["baseline"] or asked["save_baseline"]):
+        raise click.UsageError("--polygraphy-load judges first calls alone, which is no run to keep or to compare")
+    if asked["html"] is not None and asked["html"] == asked["junit"]:
+        raise click.UsageError("--html and --junit are the same file")
     if asked["rate"] is not None and asked["baseline"] is None:
         raise click.UsageError("--rate is the gate's, which needs --baseline")
     report = run(engine, reference, _plan(asked), say)

@@ -59,6 +59,38 @@ class CutGraph:
                 f"{graph}: cannot be read: {error}", hint="only a graph can be cut into layers, not a TensorRT plan"
             ) from error
 
+    def wiring(self, layers: int) -> list[tuple[str, str]]:
+        """What is not connected as a model is, where parts run alone would not show it: part and what is wrong.
+
+        Each part must read the part before it, its own cache, and give its own outputs to the graph.
+        """
+        graph = ir.from_proto(onnx.load_model_from_string(self._bytes)).graph
+        calls = {str(node.name): node for node in graph}
+        outputs = {str(value.name): value for value in graph.outputs}
+        wrong = []
+        before: str | None = None
+        for name in ("model.embed_tokens", *(f"model.layers.{i}" for i in range(layers)), "lm_head"):
+            call = calls.get(name)
+            if call is None:
+                return [(name, "is not in the graph")]
+            first = call.inputs[0]
+            if before is not None and (first is None or first is not calls[before].outputs[0]):
+                wrong.append((name, f"reads {first and first.name}, not {before}"))
+            if name.startswith("model.layers."):
+                own = name.removeprefix("model.layers.")
+                past = {
+                    str(v.name) for v in call.inputs if v is not None and str(v.name).startswith("past_key_values.")
+                }
+                if past != {f"past_key_values.{own}.{part}" for part in ("key", "value")}:
+                    wrong.append((name, f"reads the cache {', '.join(sorted(past)) or 'of none'}"))
+                for place, part in ((1, "key"), (2, "value")):
+                    if outputs.get(f"present.{own}.{part}") is not call.outputs[place]:
+                        wrong.append((name, f"does not give present.{own}.{part}"))
+            before = name
+        if outputs.get("logits") is not calls["lm_head"].outputs[0]:
+            wrong.append(("lm_head", "does not give the logits"))
+        return wrong
+
     def part(self, name: str) -> Part:
         """The session of the call ``name``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from shuntyard.engines.build import eos_token_ids
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.weights import match_weights
 from shuntyard.validate.dequantise import dequantised_state
@@ -12,7 +13,18 @@ from shuntyard.validate.subjects import Subject
 
 
 def check_files(report: Report, engine: Subject, reference: Subject, *, allow_other: bool) -> None:
-    """Adds a failed check, or with ``allow_other`` a note, where the weights' files differ."""
+    """Adds a failed check, or with ``allow_other`` a note, where the weights' files differ, or the tokenizer's."""
+    files = [subject.path / "tokenizer.json" for subject in (engine, reference)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+        detail = "the engine's tokenizer.json is another than the reference's, by which texts are read here"
+        if allow_other:
+            report.notes.append(detail)
+        else:
+            report.checks.append(Check("files: tokenizer.json", "another", "the same", False, detail))
+    if engine.manifest is not None and reference.kind != "engine":
+        ids = eos_token_ids(reference.path)
+        if ids != engine.manifest.eos_token_ids:
+            report.notes.append(f"the engine ends texts at {engine.manifest.eos_token_ids}, the reference at {ids}")
     mine, theirs = engine.identity, reference.identity
     if mine.rewritten_from is not None and mine.rewritten_from == theirs.fingerprint:
         _check_rewritten(report, engine, reference)

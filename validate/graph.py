@@ -36,6 +36,10 @@ class GraphStack(Stack):
         self._graph = CutGraph(graph, optimise=optimise)
         self._type, self._longest = _NUMPY[dtype], longest
 
+    def wiring(self) -> list[tuple[str, str]]:
+        """See :class:`Stack`."""
+        return self._graph.wiring(self.config.num_hidden_layers)
+
     def embed(self, sequences: Sequence[Tokens]) -> Iterator[Array]:
         """See :class:`Stack`."""
         part = self._graph.part("model.embed_tokens")

@@ -70,7 +70,21 @@ def make_sequences(
     if not found:
         raise EngineError("there is nothing to compare on", hint="give --text, --prompts or --tokens")
     notes += prompts.not_exercised(config, found)
-    return found, notes
+    return _told_apart(found), notes
+
+
+def _told_apart(sequences: list[Sequence]) -> list[Sequence]:
+    """The same, of labels that differ: reports tell sequences by them."""
+    seen: dict[str, int] = {}
+    out = []
+    for sequence in sequences:
+        label = sequence.label
+        while label in seen:
+            seen[sequence.label] += 1
+            label = f"{sequence.label} #{seen[sequence.label]}"
+        seen.setdefault(label, 1)
+        out.append(sequence if label == sequence.label else Sequence(label, sequence.tokens))
+    return out
 
 
 def _default_length(config: Llama4Config) -> int:

@@ -121,7 +121,7 @@ def judge_cache(
         report.at_most(f"{part}: KV cache, relative", worst.relative, bounds.whole.kv, detail, worst.module)
 
 
-def judge_modules(report: Report, walks: Many[Walk]) -> None:
+def judge_modules(report: Report, walks: Many[Walk], bounds: Bounds) -> None:
     """Adds a check for each kind of module, its worst layer standing for it, and one for each that is out of bounds."""
     for walk in walks:
         failed = [module for module in walk.modules if module.ok is False]
@@ -133,7 +133,11 @@ def judge_modules(report: Report, walks: Many[Walk]) -> None:
             _add(report, walk.mode, kind or "layer", max(own, key=_excess))
         for module in failed:
             _add(report, walk.mode, module.module, module)
-        _judge_flips(report, walk)
+        for module in walk.modules:
+            if walk.mode != "free" and not module.tokens:
+                name = f"{walk.mode}: {module.module}, tokens to judge"
+                report.checks.append(Check(name, 0.0, ">= 1", False, "all tie", module.module))
+        _judge_flips(report, walk, bounds)
 
 
 def _excess(module: Module) -> float:
@@ -157,22 +161,33 @@ LEAST_AGREEMENT = 0.5
 """Tokens whose experts nearly tie are left out; of a layer where most are, too few are left to say that it is right."""
 
 
-def _judge_agreement(report: Report, walk: Walk, routed: list[Routing]) -> None:
+def _judge_agreement(report: Report, walk: Walk, routed: list[Routing], *, exact: bool) -> None:
+    """``exact``: in fp32 ties are so rare that an expert which only they reach is no accident."""
     for routing in routed:
+        if routing.unjudged:
+            experts = ", ".join(map(str, routing.unjudged))
+            name = module_name(routing.layer, "feed_forward.experts")
+            if exact:
+                detail = f"expert {experts} is used by no token but those whose experts nearly tie"
+                report.checks.append(
+                    Check(f"{walk.mode}: {name}, experts judged", "not all", "all", False, detail, name)
+                )
+            else:
+                report.notes.append(f"{walk.mode}: expert {experts} of {name} is used by tied tokens alone: not judged")
         if routing.agreement < LEAST_AGREEMENT and (routing.tokens >= FEW_TOKENS or routing.agreement == 0):
             module = module_name(routing.layer, "feed_forward.router")
             detail = f"{routing.flips} of {routing.tokens} tokens have other experts, be it at near ties"
             report.at_least(f"{walk.mode}: {module}, agreement", routing.agreement, LEAST_AGREEMENT, detail, module)
 
 
-def _judge_flips(report: Report, walk: Walk) -> None:
+def _judge_flips(report: Report, walk: Walk, bounds: Bounds) -> None:
     """Margins of flips; free-running ones follow from errors elsewhere and are counted only."""
     routed = [c.routing for c in walk.comparisons if c.routing is not None]
     if not routed:
         return
     tokens, flips = sum(r.tokens for r in routed), sum(r.flips for r in routed)
     if walk.mode != "free":
-        _judge_agreement(report, walk, routed)
+        _judge_agreement(report, walk, routed, exact=bounds.format == "fp32")
     agreement = 1 - flips / max(1, tokens)
     report.checks.append(
         Check(f"{walk.mode}: routing agreement", agreement, "-", None, f"{flips} of {tokens} choices differ")

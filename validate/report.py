@@ -78,6 +78,7 @@ class Routing:
     margin_bound: float
     load_reference: list[int]  # tokens of each expert
     load_engine: list[int]
+    unjudged: list[int] = field(default_factory=list)  # experts that the engine uses for tied tokens alone
 
 
 @dataclass(frozen=True)

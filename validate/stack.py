@@ -23,6 +23,10 @@ class Stack(abc.ABC):
     dtype: str  # "fp32", "fp16", "bf16": what it computes in
     config: Llama4Config
 
+    def wiring(self) -> list[tuple[str, str]]:
+        """Parts that the whole model connects otherwise than running them one after the other does, and how."""
+        return []
+
     @abc.abstractmethod
     def embed(self, sequences: Sequence[Tokens]) -> Iterator[Array]:
         """``i64 [S]`` of each sequence -> hidden ``[S, H]`` of each."""

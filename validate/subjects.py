@@ -17,7 +17,7 @@ from typing import Literal
 
 from shuntyard.engines.engine import Engine, open_engine
 from shuntyard.engines.manifest import EngineManifest, load_manifest, sha256_of, verify_files
-from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.errors import CheckpointError, EngineError, UnsupportedError
 from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.config_file import load_config_file
@@ -168,6 +168,9 @@ def _engine_facts(manifest: EngineManifest) -> dict[str, str]:
 def _graph(spec: str, path: Path) -> Subject:
     manifest = ModelManifest.model_validate(read_manifest(path))
     checkpoint, shards = _opened(path)
+    graph = sha256_of(path / MODEL_NAME)
+    if graph != manifest.graph_sha256:
+        raise EngineError(f"{path / MODEL_NAME}: is not the graph that was exported", hint="export again")
     return Subject(
         spec,
         "graph",
@@ -179,7 +182,7 @@ def _graph(spec: str, path: Path) -> Subject:
         graph_label(optimise=False),
         {**shards, **_hashes(path, MODEL_NAME)},
         checkpoint=checkpoint,
-        facts={"graph": sha256_of(path / MODEL_NAME)[:16], "compute type": manifest.dtype},
+        facts={"graph": graph[:16], "compute type": manifest.dtype},
     )
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
 from shuntyard.errors import EngineError, NotFiniteError, UnsupportedError
+from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.output import output_directory, refuse_existing
 from shuntyard.validate import greedy, polygraphy_json
 from shuntyard.validate.bisect import first_diverging
-from shuntyard.validate.bounds import Bounds, Override
+from shuntyard.validate.bounds import WHOLE, Bounds, Override
 from shuntyard.validate.files import check_files
 from shuntyard.validate.inputs import Inputs as Inputs
 from shuntyard.validate.inputs import make_sequences
@@ -29,7 +31,7 @@ from shuntyard.validate.metrics import kl
 from shuntyard.validate.record import Recording, cached_recording
 from shuntyard.validate.report import Check, Report
 from shuntyard.validate.subjects import Subject, open_subject
-from shuntyard.validate.values import Array, Sequence
+from shuntyard.validate.values import PARTS, Array, Sequence, module_name
 from shuntyard.validate.views import fill_in
 from shuntyard.validate.whole import WholeRun, decode_split, run_whole
 
@@ -70,6 +72,7 @@ def validate(
     other = open_subject(reference, default="transformers")
     _check_alike(subject, other)
     _check_possible(subject, other, plan)
+    _check_overrides(subject.config, plan)
     bounds = Bounds((subject.dtype, other.dtype), list(plan.overrides))
     context = (
         min(s.manifest.limits.max_context for s in (subject, other) if s.manifest)
@@ -79,6 +82,7 @@ def validate(
     sequences, notes = make_sequences(plan.inputs, subject, other, context)
     report = Report(engine, reference, subject.backend, subject.dtype, sum(len(s.tokens) for s in sequences))
     report.layers, report.notes, report.facts = subject.config.num_hidden_layers, notes, subject.facts
+    report.notes += _remarks(subject, other, bounds, plan, len(sequences))
     check_files(report, subject, other, allow_other=plan.allow_other_files)
     say(f"{len(sequences)} sequences, {report.tokens} tokens")
     if plan.polygraphy_save is not None:
@@ -87,13 +91,37 @@ def validate(
         look = _Look(report, bounds, subject, other, recording, plan, say)
         look.run()
         fill_in(report, subject, other, recording, look.prefill, look.walks)
-    unused = bounds.unused()
-    if unused:
-        raise EngineError(
-            f"tolerance for '{unused[0]}': there is no such module here", hint="modules are called as in the report"
-        )
     report.notes += bounds.notes()
     return report
+
+
+def _remarks(subject: Subject, other: Subject, bounds: Bounds, plan: Plan, sequences: int) -> list[str]:
+    """What a reader of the verdict should know of what was compared."""
+    said = []
+    if bounds.format != subject.dtype:
+        said.append(f"bounds are those of {bounds.format}, the reference's format")
+    if subject.spec == other.spec:
+        said.append("the engine was compared with itself")
+    manifest = subject.manifest
+    if manifest is not None and manifest.marked:
+        said.append("this is a marked engine, to look into: the one that is used is another, and was not looked at")
+    if plan.shipped_only:
+        said.append("no layer was looked at (--shipped-only): faults that logits do not show are not seen")
+    if manifest is not None and not plan.by_layers and sequences < manifest.limits.max_batch:
+        said.append(f"not exercised: batches of more than {sequences} of {manifest.limits.max_batch} sequences")
+    return said
+
+
+def _check_overrides(config: Llama4Config, plan: Plan) -> None:
+    """Before anything is run: an entry that meets no module is a mistake."""
+    known = [WHOLE, "model.embed_tokens", "lm_head"]
+    known += [module_name(layer, part) for layer in range(config.num_hidden_layers) for part in PARTS]
+    for override in plan.overrides:
+        if not any(fnmatchcase(name, override.module) for name in known):
+            raise EngineError(
+                f"tolerance for '{override.module}': there is no such module here",
+                hint="modules are called as in the report",
+            )
 
 
 def _check_alike(a: Subject, b: Subject) -> None:
@@ -141,6 +169,9 @@ def _check_possible(subject: Subject, other: Subject, plan: Plan) -> None:
 
 def _record(other: Subject, sequences: list[Sequence], plan: Plan, say: Callable[[str], None]) -> Recording:
     assert other.make_stack is not None
+    if other.kind in ("graph", "engine"):
+        for name, what in other.make_stack().wiring():
+            raise EngineError(f"{other.path}: {name} {what}", hint="a graph that is wired so is no reference")
     return cached_recording(other.make_stack, other.key, sequences, plan.cache, say)
 
 
@@ -206,7 +237,10 @@ class _Look:
                     "no layer was looked at: a TensorRT plan shows its inside only if it was built with --mark"
                 )
         self.report.culprit, self.report.culprit_mode = first_diverging(self.walks)
-        judge_modules(self.report, self.walks)
+        judge_modules(self.report, self.walks, self.bounds)
+        if not self.report.culprit:  # what is wired wrongly can be right by itself, and in all that is run
+            wired = [check.module for check in self.report.checks if check.name.startswith("wiring: ")]
+            self.report.culprit, self.report.culprit_mode = (wired[0], "free") if wired else ("", "")
 
     def _shipped(self) -> None:
         """The engine as it is: nothing marked."""
@@ -285,6 +319,9 @@ class _Look:
         """Layers alone; with ``free`` they also run on their own, and give the logits of the whole."""
         assert self.subject.make_stack is not None
         self.say("layers alone, fed the reference's inputs")
+        stack = self.subject.make_stack()
+        for name, what in stack.wiring():
+            self.report.checks.append(Check(f"wiring: {name}", what, "as the model is", False, "in the graph", name))
         count = self.subject.config.num_hidden_layers
         reference = self.recording.logits()
 
@@ -292,7 +329,7 @@ class _Look:
             self.prefill.add(self.sequences[row], reference[row], logits)
 
         self.walks += walk_stack(
-            self.subject.make_stack(),
+            stack,
             self.recording,
             self.bounds,
             free=free,

@@ -34,6 +34,15 @@ def fill_in(
     routing = errors = None
     if walk is not None:
         report.routing = [c.routing for c in walk.comparisons if c.routing is not None]
+        idle = [
+            (r.layer, r.load_reference.count(0), len(r.load_reference)) for r in report.routing if 0 in r.load_reference
+        ]
+        if idle:
+            worst = max(idle, key=lambda entry: entry[1])
+            report.notes.append(
+                f"not exercised: experts that no token reaches, in {len(idle)} of {len(report.routing)} layers (in "
+                f"model.layers.{worst[0]} {worst[1]} of {worst[2]}); give more text"
+            )
         report.flips = _in_text([flip for c in walk.comparisons for flip in c.flips], reference, recording)
         if walk.mode == "forced":  # of all sequences
             errors = walk.errors().tolist()

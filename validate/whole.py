@@ -12,8 +12,8 @@ from shuntyard.engines.engine import Engine, Recording
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.validate.values import Array, LayerValues, Sequence
 
-LOGITS_AT_ONCE = 2**26
-"""Logits of a batch that are held at once: 256 MiB."""
+LOGITS_AT_ONCE = 2**28
+"""Logits of a batch that are held at once: 1 GiB."""
 
 
 @dataclass
