@@ -197,9 +197,7 @@ def _summary(report: Report, mode: str, fine: list[Check]) -> list[tuple[str, st
     elif own:
         worst = max(m.relative for m in own)
         rows.append((f"{len(own)} modules: {_LOOKS[mode]}", f"{worst:.3g} relative", "-", _MARKS[None]))
-    return rows + [
-        _row(check) for check in fine if check.name.startswith((f"{mode}: routing", f"{mode}: margin", f"{mode}: mean"))
-    ]
+    return rows + [_row(check) for check in fine if check.name.startswith((f"{mode}: routing", f"{mode}: margin"))]
 
 
 def _interval(value: Interval) -> str:

@@ -357,8 +357,6 @@ class _Look:
         same = [kl(self.decoded[run.row], run.logits) for run in runs if run.row in self.decoded]
         if same:
             mean = max(0.0, float(np.concatenate(same).mean()))
-            self.report.at_most(
-                "inverse: mean KL of the marked engine from the shipped", mean, self.bounds.whole.mean_kl
-            )
+            self.report.at_most("marked: mean KL from the engine as it is", mean, self.bounds.whole.mean_kl)
         self.walks.append(walk_whole(runs, self.recording, self.bounds, self.subject.config, self.masks))
         self.walks.append(walk_inverse(runs, self.other.make_stack(), self.bounds, lambda layer: None))
