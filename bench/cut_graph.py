@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
+
+from shuntyard.engines.cut import HIDDEN, isolate
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-HIDDEN = "hidden"
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -39,22 +39,6 @@ def layer_name(layer: int) -> str:
 def router_name(layer: int) -> str:
     """The name of a layer's router logits, if it routes."""
     return f"{layer_name(layer)}.feed_forward.router"
-
-
-def isolate(model: ir.Model, name: str) -> None:
-    """Leaves one call of an exported model and what it needs, in place; its hidden state is the input ``HIDDEN``."""
-    graph = model.graph
-    call = next(node for node in graph if node.name == name)
-    before = call.inputs[0]
-    assert before is not None
-    if before.producer() is not None:  # all but the embedding's
-        hidden = ir.Value(name=HIDDEN, type=before.type, shape=before.shape)
-        call.replace_input_with(0, hidden)
-        graph.inputs.append(hidden)
-    graph.outputs[:] = call.outputs
-    RemoveUnusedNodesPass()(model)
-    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
 
 
 def swap(model: ir.Model, names: Sequence[str]) -> None:
@@ -134,7 +118,7 @@ def main() -> None:
     for name in (EMBEDDING, *map(layer_name, args.layers), HEAD):
         model = ir.load(args.model / "model.onnx")
         facts: dict[str, Any] = {"calls_of_the_export": len(model.graph)}
-        isolate(model, name)
+        isolate(model, name, args.model / "model.onnx")
         swap(model, args.swap)
         calls |= {node.name for node in model.graph}
         graphs.append(args.model / f"{args.out.name}.{name}.onnx")

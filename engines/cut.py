@@ -98,7 +98,7 @@ class CutGraph:
             EngineError: the graph has no such call, or ONNX Runtime refuses the part.
         """
         model = ir.from_proto(onnx.load_model_from_string(self._bytes))
-        outputs = _isolate(model, name, self._path)
+        outputs = isolate(model, name, self._path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # a part runs a few times, then goes
@@ -116,7 +116,7 @@ class CutGraph:
         return Part(session, outputs)
 
 
-def _isolate(model: ir.Model, name: str, path: Path) -> list[str]:
+def isolate(model: ir.Model, name: str, path: Path) -> list[str]:
     """Leaves one call of the graph and what it needs, in place; returns its outputs' names."""
     graph = model.graph
     call = next((node for node in graph if node.name == name), None)
