@@ -202,12 +202,13 @@ def write_page(report: Report, path: Path) -> None:
                 partial.unlink(missing_ok=True)
 
 
+NOTHING = "No check was judged, so this says nothing about the engine."
+
+
 def why(report: Report) -> str:
     """One sentence: what is wrong, by how much, and where; or what was looked at."""
     if report.passed:
         judged = sum(check.ok is not None for check in report.checks)
-        if not judged:
-            return "No check was judged, so this says nothing about the engine."
         return f"All {judged:,} judged checks hold." if judged > 1 else "The one judged check holds."
     if report.culprit:
         kind = {
@@ -216,7 +217,7 @@ def why(report: Report) -> str:
             "free": "is the first module that is wrong, and only when layers feed one another: wiring or KV cache",
         }.get(report.culprit_mode, "is the first module that is out of its bounds")
         return f"{report.culprit} {kind}: {_evidence(report)}."
-    return f"{_sentence(report.failures[0])}."
+    return f"{_sentence(report.failures[0])}." if report.failures else NOTHING
 
 
 def _evidence(report: Report) -> str:
@@ -233,7 +234,7 @@ def _evidence(report: Report) -> str:
             name, error, bound = max(broken, key=lambda m: m[1] / m[2] if m[2] and m[1] == m[1] else math.inf)
             text = f"{name} {three(error)}, bound {three(bound)}"
             return f"{text} ({times(excess(module))}), at {module.where}" if module.where else text
-    return _sentence(report.failures[0])
+    return _sentence(report.failures[0]) if report.failures else NOTHING
 
 
 def _sentence(check: Check) -> str:
