@@ -15,14 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import onnx
-import onnx_ir as ir
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,36 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import timing
 from shuntyard.errors import ShuntyardError
-from shuntyard.exporter import trace
 from shuntyard.validate.demo import held_out_text, miniature
 from shuntyard.validate.validate import Inputs, Plan, validate
+from tests.traced import traced_once
 from tests.validate import faulty
 from tests.validate.faults import FAULTS, Fault
 from tests.validate.faulty import Base
 
 WINDOWS = 3
 FORMATS = ("fp32", "fp16", "bf16")
-TRACED = ("embedding_function", "rotary_function", "head_function", "layer_function")
 
 Found = dict[str, Any]
-
-
-@contextmanager
-def traced_once(known: dict[Any, bytes]) -> Iterator[None]:
-    """Functions by configuration. Only for exports whose code is as it should be: the key does not hold the code."""
-
-    def once(name: str, real: Callable[..., ir.Function]) -> Callable[..., ir.Function]:
-        def get(*key: Any) -> ir.Function:
-            if (name, key) not in known:
-                known[name, key] = ir.to_proto(real(*key)).SerializeToString()
-            return ir.serde.deserialize_function(onnx.FunctionProto.FromString(known[name, key]))
-
-        return get
-
-    with ExitStack() as stack:
-        for name in TRACED:
-            stack.enter_context(mock.patch.object(trace, name, once(name, getattr(trace, name))))
-        yield
 
 
 class Bench:

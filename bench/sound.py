@@ -28,6 +28,7 @@ from bench import timing
 from shuntyard.engines.build import Request, build
 from shuntyard.exporter.export import export
 from shuntyard.exporter.relayout import AS_STORED, Relayout
+from shuntyard.validate.bounds import excess
 from shuntyard.validate.demo import held_out_text, miniature
 from shuntyard.validate.report import Report
 from shuntyard.validate.validate import Inputs, Plan, validate
@@ -169,14 +170,7 @@ class Bench:
 
 def worst(report: Report) -> float:
     """The module nearest to its bound, as a share of it."""
-    shares = [
-        value / bound
-        for m in report.modules
-        if m.mode != "free"
-        for value, bound in ((m.relative, m.relative_bound), (m.coordinate, m.coordinate_bound))
-        if bound
-    ]
-    return max(shares, default=0.0)
+    return max((excess(m) for m in report.modules if m.mode != "free"), default=0.0)
 
 
 def main() -> None:

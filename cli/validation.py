@@ -26,10 +26,12 @@ class _Sets(click.ParamType[tuple[str, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
-        known = ("short", "chunk", "long", "adversarial")
-        for name in names:
-            if name not in known:
-                self.fail(f"there is no set '{name}'; there are {', '.join(known)}", param, ctx)
+        if names:
+            from shuntyard.validate.prompts import BUILT_IN
+
+            for name in names:
+                if name not in BUILT_IN:
+                    self.fail(f"there is no set '{name}'; there are {', '.join(BUILT_IN)}", param, ctx)
         return names
 
 
@@ -186,13 +188,13 @@ def _row(check: Check) -> tuple[str, str, str, str]:
 
 def _summary(report: Report, mode: str, fine: list[Check]) -> list[tuple[str, str, str, str]]:
     """One row for all modules within their bounds, and the rows of routing."""
-    from shuntyard.validate.bounds import over
+    from shuntyard.validate.bounds import excess
 
     own = [module for module in report.modules if module.mode == mode and module.ok is not False]
     judged = [m for m in own if m.relative_bound is not None and m.coordinate_bound is not None]
     rows = []
     if judged:
-        share = max(max(over(m.relative, m.relative_bound), over(m.coordinate, m.coordinate_bound)) for m in judged)
+        share = max(map(excess, judged))
         rows.append((f"{len(judged)} modules: {_LOOKS[mode]}", f"{share:.2g} of bound", "<= 1", _MARKS[True]))
     elif own:
         worst = max(m.relative for m in own)

@@ -96,14 +96,18 @@ class Engine:
         batch = _Batch(self, tokens, lengths)
         decode_from = None if decode_from is None else _integer(decode_from, "decode_from")
         out = np.full((*batch.tokens.shape, self.manifest.vocab_size), np.nan, np.float32)
-        for begin, end, ids, positions in batch.pieces(extra=0, decode_from=decode_from):
-            active, count = ids.shape
-            every = np.broadcast_to(np.arange(count), (active, count))
-            piece = self._runner.step(ids, positions, np.ascontiguousarray(every))
-            for row in range(active):
-                own_end = min(end, batch.sorted_lengths[row])
-                out[batch.order[row], begin:own_end] = _finite(piece[row, : own_end - begin])
+        for _ in self._steps(batch, decode_from, out):
+            pass
         return out
+
+    def _steps(self, batch: _Batch, decode_from: int | None, out: Floats) -> Iterator[tuple[int, int, int]]:
+        """Makes all calls of a batch, each token's logits into ``out``; gives ``begin, end, active`` after each."""
+        for begin, end, ids, positions in batch.pieces(extra=0, decode_from=decode_from):
+            every = np.ascontiguousarray(np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
+            piece = self._runner.step(ids, positions, every)
+            for row, place in batch.places(begin, end, len(ids)):
+                out[place] = _finite(piece[row, : place[1].stop - begin])
+            yield begin, end, len(ids)
 
     def record(self, tokens: Any, lengths: Sequence[int] | None = None, *, decode_from: int | None = None) -> Recording:
         """As :meth:`logits`, with what the KV cache was given, and what a marked engine shows of its inside.
@@ -125,21 +129,16 @@ class Engine:
             [empty(shape.heads, shape.head_dim) for shape in shapes],
             {},
         )
-        for begin, end, ids, positions in batch.pieces(extra=0, decode_from=decode_from):
-            active, count = ids.shape
-            every = np.ascontiguousarray(np.broadcast_to(np.arange(count), ids.shape))
-            logits = self._runner.step(ids, positions, every)
-            places = np.arange(begin, end)
+        for begin, end, active in self._steps(batch, decode_from, found.logits):
+            positions = np.arange(begin, end)
             # A chunked layer's cache has a row for each position of the chunk, any other one for each position.
-            caches = [self._runner.cache_rows(shape.layer, active, places % shape.rows) for shape in shapes]
+            caches = [self._runner.cache_rows(shape.layer, active, positions % shape.rows) for shape in shapes]
             inside = {
-                name: value.reshape(active, count, *value.shape[value.ndim - 1 :])
+                name: value.reshape(active, end - begin, *value.shape[value.ndim - 1 :])
                 for name, value in self._runner.marked.items()
             }
-            for row in range(active):
-                own = min(end, batch.sorted_lengths[row]) - begin
-                place = batch.order[row], slice(begin, begin + own)
-                found.logits[place] = _finite(logits[row, :own])
+            for row, place in batch.places(begin, end, active):
+                own = place[1].stop - begin
                 for i, (key, value) in enumerate(caches):
                     found.keys[i][place], found.values[i][place] = key[row, :own], value[row, :own]
                 for name, part in inside.items():
@@ -305,6 +304,11 @@ class _Batch:
             positions = np.broadcast_to(np.arange(begin, end), (active, end - begin))
             yield begin, end, self.tokens[:active, begin:end], np.ascontiguousarray(positions)
             begin = end
+
+    def places(self, begin: int, end: int, active: int) -> Iterator[tuple[int, tuple[int, slice]]]:
+        """Of each active row in sorted order: where its own tokens of a call stand in the caller's arrays."""
+        for row in range(active):
+            yield row, (int(self.order[row]), slice(begin, min(end, self.sorted_lengths[row])))
 
     def check_context(self, extra: int) -> None:
         """Whether the longest sequence and ``extra`` tokens after it fit; see :meth:`Engine.generate`."""

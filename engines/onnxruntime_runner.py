@@ -19,7 +19,8 @@ from shuntyard.exporter.graph import mark
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option that says where the weights of a graph lie that comes as bytes."""
 
-_NUMPY = {"fp32": np.float32, "fp16": np.float16}
+NUMPY_TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+"""What ONNX Runtime computes in on the CPU."""
 
 
 def open_session(path: Path, threads: int | None = None, *, marked: bool = False) -> onnxruntime.InferenceSession:
@@ -68,7 +69,7 @@ class OnnxRuntimeRunner(Runner):
         names = [value.name for value in self._session.get_outputs()]
         self._inside = [name for name in names if name != "logits" and name not in cached]
         self._marked: dict[str, Floats] = {}
-        self._type = _NUMPY[manifest.dtype]
+        self._type = NUMPY_TYPES[manifest.dtype]
         self._caches: dict[str, Any] = {}
 
     def start(self, batch: int, context: int) -> None:

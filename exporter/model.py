@@ -132,6 +132,33 @@ class LayerOutputs(NamedTuple):
     shared: Tensor | None = None  # [B * S, H]  the shared expert alone
 
 
+class AttentionHalf(NamedTuple):
+    """A layer up to where its feed-forward part begins."""
+
+    hidden: Tensor  # [B, S, H]  the residual stream behind attention
+    present_key: Tensor
+    present_value: Tensor
+    attention: Tensor
+    attention_input: Tensor
+    feed_forward_input: Tensor
+
+
+def attention_half(
+    config: Llama4Config,
+    kind: LayerKind,
+    w: Weights,
+    hidden: Tensor,
+    places: tuple[Tensor, ...],
+    past: tuple[Tensor, Tensor],
+) -> AttentionHalf:
+    """Both norms, and attention with its residual, on ``hidden [B, S, H]``."""
+    before = rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
+    attended, present_key, present_value = attention(config, kind, w, before, places, past)
+    hidden = hidden + attended
+    normed = rms_norm(hidden, config.rms_norm_eps) * w["post_attention_layernorm.weight"].to(hidden.dtype)
+    return AttentionHalf(hidden, present_key, present_value, attended, before, normed)
+
+
 def decoder_layer(
     config: Llama4Config,
     kind: LayerKind,
@@ -141,10 +168,7 @@ def decoder_layer(
     past: tuple[Tensor, Tensor],
 ) -> LayerOutputs:
     """One layer on ``hidden [B, S, H]``; a dense one has no router and no shared expert."""
-    before = rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
-    attended, present_key, present_value = attention(config, kind, w, before, places, past)
-    hidden = hidden + attended
-    normed = rms_norm(hidden, config.rms_norm_eps) * w["post_attention_layernorm.weight"].to(hidden.dtype)
+    hidden, present_key, present_value, attended, before, normed = attention_half(config, kind, w, hidden, places, past)
     if not kind.moe:
         out = swiglu(normed, w, "feed_forward")
         return LayerOutputs(hidden + out, present_key, present_value, attended, out, before, normed)

@@ -8,41 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
 from shuntyard.engines.build import Request, build
-from shuntyard.exporter import trace
 from shuntyard.exporter.export import export
 from tests.checkpoints import raw_config, write_checkpoint, write_tokenizer
+from tests.traced import traced_once
 
 hypothesis.settings.register_profile(
     "lean", deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("lean")
 
-TRACED = ("embedding_function", "rotary_function", "head_function", "layer_function")
-
 
 @pytest.fixture(scope="session", autouse=True)
 def trace_once() -> Iterator[dict[str, Callable[..., Any]]]:
     """Traces each part of each configuration once a session; gives the functions that really trace."""
     torch.set_num_threads(1)  # matrices are tiny: threads would only wait for each other
-    real = {name: getattr(trace, name) for name in TRACED}
-    protos: dict[Any, bytes] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in TRACED:
-
-            def cached(*key: Any, name: str = name) -> ir.Function:
-                if (name, key) not in protos:
-                    protos[name, key] = ir.to_proto(real[name](*key)).SerializeToString()
-                proto = onnx.FunctionProto()
-                proto.ParseFromString(protos[name, key])
-                return ir.serde.deserialize_function(proto)
-
-            patch.setattr(trace, name, cached)
+    with traced_once({}) as real:
         yield real
 
 

@@ -91,8 +91,9 @@ def save_baseline(report: Report, path: Path, entry: str | None = None, *, allow
         OutputError: it cannot be written there.
     """
     if not report.passed and not allow_failed:
+        first = f", first '{report.failures[0].name}'" if report.failures else ", and passed none"
         raise EngineError(
-            f"{report.engine}: failed {len(report.failures)} checks, first '{report.failures[0].name}': no baseline",
+            f"{report.engine}: failed {len(report.failures)} checks{first}: no baseline",
             hint="save the baseline from an engine that passes, or allow a failed one explicitly",
         )
     new = Entry(

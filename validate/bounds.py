@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shuntyard.errors import EngineError
+from shuntyard.validate.report import Module
 from shuntyard.validate.tolerances import MARGIN, MODULES, ORDER, ROUNDINGS, TOLERANCES, Tolerance
 
 WHOLE = "logits"
@@ -125,6 +126,11 @@ class Bounds:
             for i, o in enumerate(self._overrides)
             if i in self._used
         ]
+
+
+def excess(module: Module) -> float:
+    """How many times its bound the worse of a module's errors is; 0 where neither is judged."""
+    return max(over(module.relative, module.relative_bound), over(module.coordinate, module.coordinate_bound))
 
 
 def over(value: float, bound: float | None) -> float:

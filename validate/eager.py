@@ -88,10 +88,7 @@ def _without_routing(
     past: tuple[Tensor, Tensor],
 ) -> model.LayerOutputs:
     """A layer up to its attention; NaN behind it."""
-    before = model.rms_norm(hidden, config.rms_norm_eps) * w["input_layernorm.weight"].to(hidden.dtype)
-    attended, key, value = model.attention(config, kind, w, before, places, past)
-    normed = model.rms_norm(hidden + attended, config.rms_norm_eps)
-    normed = normed * w["post_attention_layernorm.weight"].to(hidden.dtype)
+    _, key, value, attended, before, normed = model.attention_half(config, kind, w, hidden, places, past)
     nothing = torch.full_like(hidden, torch.nan)
     logits = torch.full((hidden.shape[1], config.num_local_experts), torch.nan)
     return model.LayerOutputs(nothing, key, value, attended, nothing, before, normed, logits, nothing[0])

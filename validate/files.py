@@ -7,7 +7,7 @@ import torch
 from shuntyard.engines.build import eos_token_ids
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.weights import match_weights
-from shuntyard.validate.dequantise import dequantised_state
+from shuntyard.validate.dequantise import DequantisedCheckpoint
 from shuntyard.validate.report import Check, Report
 from shuntyard.validate.subjects import Subject
 
@@ -46,15 +46,16 @@ def _check_rewritten(report: Report, engine: Subject, reference: Subject) -> Non
             "these values cannot be seen, for the plan has them in a form of its own"
         )
         return
-    theirs, ours = dequantised_state(reference.path), dequantised_state(engine.path)
+    theirs, ours = DequantisedCheckpoint(reference.path), DequantisedCheckpoint(engine.path)
     types = {stored.entry.dtype for _, stored in match_weights(open_checkpoint(engine.path)).stored()}
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
     narrowed = narrow.get(types.pop()) if len(types) == 1 else None
     exact = True
-    for name, value in theirs.items():
+    for name in theirs.shapes:  # one at a time: all of them need not fit in memory
+        value = theirs.outer(name)
         rounded = value if narrowed is None else value.to(narrowed).float()
         exact = exact and torch.equal(rounded, value)
-        if name not in ours or not torch.equal(ours[name], rounded):
+        if name not in ours.shapes or not torch.equal(ours.outer(name), rounded):
             detail = f"'{name}' of the engine is not what a rewrite of the reference's gives"
             report.checks.append(Check("files: the same values", "no", "yes", False, detail))
             return

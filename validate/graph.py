@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 
 from shuntyard.engines.cut import HIDDEN, CutGraph, Part
+from shuntyard.engines.onnxruntime_runner import NUMPY_TYPES
 from shuntyard.exporter.config_file import load_config_file
 from shuntyard.exporter.parameters import kind_of
 from shuntyard.validate.stack import Stack, pieces
 from shuntyard.validate.values import Array, LayerValues, Tokens
-
-_NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
-
 
 TOKENS_AT_ONCE = 2048
 """Of a batch: bounds the memory of what a layer computes."""
@@ -34,7 +31,7 @@ class GraphStack(Stack):
         self.label, self.dtype = graph_label(optimise=optimise), dtype
         self.config = load_config_file(graph.parent / "config.json").text
         self._graph = CutGraph(graph, optimise=optimise)
-        self._type, self._longest = _NUMPY[dtype], longest
+        self._type, self._longest = NUMPY_TYPES[dtype], longest
 
     def wiring(self) -> list[tuple[str, str]]:
         """See :class:`Stack`."""

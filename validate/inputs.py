@@ -40,10 +40,9 @@ def make_sequences(
     config = subject.config
     found: list[Sequence] = []
     notes: list[str] = []
+    words: list[int] | None = None
     if asked.text is not None:
         length = min(asked.length or _default_length(config), context)
-        if length < 4:
-            raise EngineError(f"windows of {length} tokens are too short to compare", hint="give a larger --length")
         if asked.length is not None and length < asked.length:
             notes.append(f"windows are {length} tokens, the engine's context, not {asked.length}")
         tokenizer = Tokenizer.from_directory(reference.path)
@@ -53,8 +52,8 @@ def make_sequences(
         if len(windows) < asked.windows:
             notes.append(f"the text holds {len(windows)} such windows, not {asked.windows}")
         found += windows
+        words = tokenizer.encode(asked.text) if asked.sets else None
     if asked.sets:
-        words = Tokenizer.from_directory(reference.path).encode(asked.text) if asked.text is not None else None
         stack = reference.make_stack() if reference.make_stack and "adversarial" in asked.sets else None
         made, said = prompts.built_in(
             asked.sets,
@@ -90,13 +89,3 @@ def _told_apart(sequences: list[Sequence]) -> list[Sequence]:
 def _default_length(config: Llama4Config) -> int:
     chunk = config.attention_chunk_size
     return min(LONGEST_WINDOW, chunk * 7 // 2 if chunk else LONGEST_WINDOW)
-
-
-def excerpt(tokenizer: Tokenizer | None, tokens: list[int], place: int, around: int = 12) -> tuple[str, str, str]:
-    """The text before, of and behind a token; token ids where there is no tokenizer."""
-
-    def words(ids: list[int]) -> str:
-        return tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
-
-    text = words(tokens[place : place + 1]) or f"<{tokens[place]}>"
-    return words(tokens[max(0, place - around) : place]), text, words(tokens[place + 1 : place + 1 + around])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shuntyard.validate.bounds import Bounds, over
+from shuntyard.validate.bounds import WHOLE, Bounds, excess, over
 from shuntyard.validate.layers import Masks, Walk
 from shuntyard.validate.logits import LogitStatistics
 from shuntyard.validate.modules import compare_module
@@ -15,8 +16,6 @@ from shuntyard.validate.record import Recording
 from shuntyard.validate.report import Check, Module, Report, Routing
 from shuntyard.validate.values import module_name
 from shuntyard.validate.whole import WholeRun
-
-HEAD = "logits"
 
 
 def judge_logits(
@@ -42,7 +41,7 @@ def judge_logits(
     if not counted:
         # The modules' bounds decide then; where no layer is looked at, that is no verdict.
         detail = "the reference's experts nearly tie from the first token on: give other prompts"
-        report.checks.append(Check(f"{part}: tokens to judge", 0.0, ">= 1", None if layers else False, detail, HEAD))
+        report.checks.append(Check(f"{part}: tokens to judge", 0.0, ">= 1", None if layers else False, detail, WHOLE))
         return
 
     def over_tokens(name: str) -> NDArray[np.float64]:
@@ -60,13 +59,13 @@ def judge_logits(
         float(off.max()),
         None if whole.max_abs is None else whole.max_abs * scale,
         where,
-        HEAD,
+        WHOLE,
     )
-    report.at_most(f"{part}: relative error", float(over_tokens("relative").max()), None, module=HEAD)
-    report.at_most(f"{part}: cosine distance", float(over_tokens("cosine").max()), None, module=HEAD)
-    report.at_most(f"{part}: mean KL", float(over_tokens("kl").mean()), whole.mean_kl, module=HEAD)
-    report.at_least(f"{part}: top-1 agreement", float(over_tokens("top1").mean()), whole.top1, module=HEAD)
-    report.at_most(f"{part}: top-5 disagreement", float(1 - over_tokens("top5").mean()), None, module=HEAD)
+    report.at_most(f"{part}: relative error", float(over_tokens("relative").max()), None, module=WHOLE)
+    report.at_most(f"{part}: cosine distance", float(over_tokens("cosine").max()), None, module=WHOLE)
+    report.at_most(f"{part}: mean KL", float(over_tokens("kl").mean()), whole.mean_kl, module=WHOLE)
+    report.at_least(f"{part}: top-1 agreement", float(over_tokens("top1").mean()), whole.top1, module=WHOLE)
+    report.at_most(f"{part}: top-5 disagreement", float(1 - over_tokens("top5").mean()), None, module=WHOLE)
     losses = over_tokens("nll"), over_tokens("nll_reference")
     if not np.isnan(losses[0]).all():
         ours, theirs = (float(np.nanmean(loss)) for loss in losses)
@@ -77,48 +76,41 @@ def judge_logits(
             float(np.abs(np.expm1(ours - theirs))),
             whole.perplexity * max(1.0, theirs / guessing),
             f"engine {np.exp(ours):.6g}, reference {np.exp(theirs):.6g}",
-            HEAD,
+            WHOLE,
         )
-
-
-MODES = {
-    "forced": "fed the reference's input",
-    "inverse": "against the reference's layer, fed the engine's input",
-    "free": "free-running",
-}
 
 
 def judge_cache(
     report: Report, part: str, recording: Recording, runs: Many[WholeRun], bounds: Bounds, masks: list[Masks]
 ) -> None:
     """Adds a check of what the running engine's KV cache holds: the worst layer, or the first that is out of bounds."""
-    sequences = [run.sequence for run in runs]
     worst: Module | None = None
-    for layer in range(report.layers):
-        expected = recording.layer(layer)
-        for name in ("self_attn.key", "self_attn.value"):
-            module, _ = compare_module(
-                module_name(layer, name),
-                layer,
-                name,
-                "free",
-                bounds,
-                sequences,
-                [values[: run.length] for run in runs if (values := expected[run.row].part(name)) is not None],
-                [(run.keys if name.endswith("key") else run.values)[layer] for run in runs],
-                [masks[layer][run.row][: run.length] for run in runs],
-            )
-            if worst is None or module.relative > worst.relative:
-                worst = module
-            if bounds.whole.kv is not None and not module.relative <= bounds.whole.kv:
-                worst = module
-                break
-        else:
-            continue
-        break
+    for module in _cached(report.layers, recording, runs, bounds, masks):
+        if bounds.whole.kv is not None and not module.relative <= bounds.whole.kv:
+            worst = module
+            break
+        if worst is None or module.relative > worst.relative:
+            worst = module
     if worst is not None:
         detail = f"{worst.module}: {worst.where}"
         report.at_most(f"{part}: KV cache, relative", worst.relative, bounds.whole.kv, detail, worst.module)
+
+
+def _cached(
+    layers: int, recording: Recording, runs: Many[WholeRun], bounds: Bounds, masks: list[Masks]
+) -> Iterator[Module]:
+    """Keys and values of each layer, in the order of computation."""
+    sequences = [run.sequence for run in runs]
+    for layer in range(layers):
+        expected = recording.layer(layer)
+        keep = [masks[layer][run.row][: run.length] for run in runs]
+        keys, values = ([run.keys[layer] for run in runs], [run.values[layer] for run in runs])
+        for part, theirs, ours in (
+            ("self_attn.key", [expected[run.row].key[: run.length] for run in runs], keys),
+            ("self_attn.value", [expected[run.row].value[: run.length] for run in runs], values),
+        ):
+            name = module_name(layer, part)
+            yield compare_module(name, layer, part, "free", bounds, sequences, theirs, ours, keep)[0]
 
 
 def judge_modules(report: Report, walks: Many[Walk], bounds: Bounds) -> None:
@@ -130,7 +122,7 @@ def judge_modules(report: Report, walks: Many[Walk], bounds: Bounds) -> None:
             own = [module for module in walk.modules if module.part == kind and module.tokens]
             if not own or any(module.ok is False for module in own):
                 continue
-            _add(report, walk.mode, kind or "layer", max(own, key=_excess))
+            _add(report, walk.mode, kind or "layer", max(own, key=lambda m: (excess(m), max(m.relative, m.coordinate))))
         for module in failed:
             _add(report, walk.mode, module.module, module)
         for module in walk.modules:
@@ -138,11 +130,6 @@ def judge_modules(report: Report, walks: Many[Walk], bounds: Bounds) -> None:
                 name = f"{walk.mode}: {module.module}, tokens to judge"
                 report.checks.append(Check(name, 0.0, ">= 1", False, "all tie", module.module))
         _judge_flips(report, walk, bounds)
-
-
-def _excess(module: Module) -> float:
-    bounded = [(module.relative, module.relative_bound), (module.coordinate, module.coordinate_bound)]
-    return max(over(value, bound) if bound is not None else value for value, bound in bounded)
 
 
 def _add(report: Report, mode: str, name: str, module: Module) -> None:

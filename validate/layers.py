@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuntyard.exporter.config import Llama4Config
-from shuntyard.validate.bounds import Bounds, over
+from shuntyard.validate.bounds import Bounds, excess
 from shuntyard.validate.modules import LayerComparison, compare_layer, compare_module, ties
 from shuntyard.validate.record import Recording
 from shuntyard.validate.report import Module
@@ -128,7 +128,12 @@ def walk_stack(
 
 
 def _head(
-    layer: int, mode: Mode, bounds: Bounds, sequences: Many[Sequence], expected: Many[Array], actual: Iterator[Array]
+    layer: int,
+    mode: Mode,
+    bounds: Bounds,
+    sequences: Many[Sequence],
+    expected: Iterable[Array],
+    actual: Iterator[Array],
 ) -> LayerComparison:
     """The head, one sequence's logits at a time, for they are the largest values; the worst stands for all."""
     found = [
@@ -136,7 +141,7 @@ def _head(
         for sequence, theirs in zip(sequences, expected, strict=True)
     ]
     modules = [comparison.modules[0] for comparison in found]
-    worst = max(modules, key=lambda m: max(over(m.relative, m.relative_bound), over(m.coordinate, m.coordinate_bound)))
+    worst = max(modules, key=excess)
     merged = replace(
         worst,
         relative=max(m.relative for m in modules),
@@ -168,7 +173,7 @@ def walk_whole(runs: Many[WholeRun], reference: Recording, bounds: Bounds, c: Ll
     return walk
 
 
-def walk_inverse(runs: Many[WholeRun], reference: Stack, bounds: Bounds, progress: Callable[[int], None]) -> Walk:
+def walk_inverse(runs: Many[WholeRun], reference: Stack, bounds: Bounds) -> Walk:
     """The reference's layers fed what a marked engine's layers were fed: shows wiring and cache, in every format."""
     walk, c = Walk("inverse"), reference.config
     sequences = [run.sequence for run in runs]
@@ -176,11 +181,10 @@ def walk_inverse(runs: Many[WholeRun], reference: Stack, bounds: Bounds, progres
     ours = [run.embedding() for run in runs]
     walk.add(_ends("model.embed_tokens", -1, "inverse", bounds, sequences, theirs, ours))
     for i in range(c.num_hidden_layers):
-        progress(i)
         expected: list[LayerValues] = list(reference.layer(i, [run.hidden_before(i) for run in runs]))
         actual = [run.layer(i) for run in runs]
         walk.add(compare_layer(i, c.num_experts_per_tok, "inverse", bounds, sequences, expected, actual))
     last = c.num_hidden_layers
-    logits = list(reference.head([run.hidden_before(last) for run in runs]))
-    walk.add(_head(last, "inverse", bounds, sequences, logits, iter([run.logits for run in runs])))
+    logits = reference.head([run.hidden_before(last) for run in runs])
+    walk.add(_head(last, "inverse", bounds, sequences, logits, (run.logits for run in runs)))
     return walk

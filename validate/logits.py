@@ -69,9 +69,10 @@ class LogitStatistics:
         overlap = (best[0][:, :, None] == best[1][:, None, :]).any(2).mean(1)
         has_next = targets >= 0
         safe = np.where(has_next, targets, 0)
-        losses = [np.where(has_next, metrics.negative_log_likelihood(logits, safe), np.nan) for logits in (x, y)]
+        logs = [metrics.log_softmax(logits) for logits in (x, y)]
+        losses = [np.where(has_next, metrics.loss_of_logs(log, safe), np.nan) for log in logs]
         return {
-            "kl": np.maximum(0.0, metrics.kl(y, x)),
+            "kl": np.maximum(0.0, metrics.kl_of_logs(logs[1], logs[0])),
             "top1": (y.argmax(1) == x.argmax(1)).astype(np.float64),
             "top5": overlap,
             "nll": losses[0],

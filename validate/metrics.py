@@ -20,14 +20,23 @@ def log_softmax(logits: Array) -> NDArray[np.float64]:
 
 def kl(reference: Array, other: Array) -> NDArray[np.float64]:
     """KL(reference || other) of each token, in nats: ``[T, V], [T, V] -> [T]``."""
-    p, q = log_softmax(reference), log_softmax(other)
+    return kl_of_logs(log_softmax(reference), log_softmax(other))
+
+
+def kl_of_logs(p: Array, q: Array) -> NDArray[np.float64]:
+    """The same, of log-probabilities."""
     out: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)
     return out
 
 
 def negative_log_likelihood(logits: Array, targets: Array) -> NDArray[np.float64]:
     """Of each target token, in nats: ``[T, V], [T] -> [T]``."""
-    return -np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+    return loss_of_logs(log_softmax(logits), targets)
+
+
+def loss_of_logs(p: Array, targets: Array) -> NDArray[np.float64]:
+    """The same, of log-probabilities."""
+    return -np.take_along_axis(p, targets[:, None], axis=-1)[:, 0]
 
 
 def top1_agreement(reference: Array, other: Array) -> float:

@@ -25,9 +25,11 @@ def write_file(path: Path, text: str) -> None:
     """Writes a file that appears, or replaces the one there was, by rename; a link's target, not the link.
 
     Raises:
-        OutputError: it cannot be written there.
+        OutputError: it cannot be written there, or something else than a file is there.
     """
     target = path.resolve()
+    if target.exists() and not target.is_file():  # a rename would take the place of a device
+        raise OutputError(f"{path}: is not a file: it cannot be written", hint="name a file to write to")
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

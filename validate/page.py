@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
-import secrets
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from shuntyard.errors import OutputError
 from shuntyard.validate import charts
 from shuntyard.validate.charts import excess, percent, three, times
 from shuntyard.validate.heatmap import LARGE, heat_map, out_of_bounds
+from shuntyard.validate.outputs import write_file
 from shuntyard.validate.report import Check, Interval, Module, Report, Routing
 from shuntyard.validate.values import PARTS
 
@@ -181,25 +179,12 @@ def write_page(report: Report, path: Path) -> None:
     Raises:
         OutputError: the directory is missing or cannot be written to, or something else than a file is there.
     """
-    data = render(report).encode("utf-8")
-    partial: Path | None = None
-    try:
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise OutputError(f"{path}: is not a file", hint="name a file to write the report to")
-        partial = target.with_name(f".shuntyard-page-{secrets.token_hex(8)}.partial")
-        with partial.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(target)
-    except OSError as error:
-        hint = "name a file in a directory that exists, can be written to, and has room"
-        raise OutputError(f"{path}: the report cannot be written: {error.strerror or error}", hint=hint) from error
-    finally:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+    page = render(report)
+    if not path.resolve().parent.is_dir():
+        raise OutputError(
+            f"{path}: the report cannot be written: there is no such directory", hint="name a file in one that exists"
+        )
+    write_file(path, page)
 
 
 NOTHING = "No check was judged, so this says nothing about the engine."
@@ -207,6 +192,8 @@ NOTHING = "No check was judged, so this says nothing about the engine."
 
 def why(report: Report) -> str:
     """One sentence: what is wrong, by how much, and where; or what was looked at."""
+    if not report.passed and not report.failures:
+        return NOTHING
     if report.passed:
         judged = sum(check.ok is not None for check in report.checks)
         return f"All {judged:,} judged checks hold." if judged > 1 else "The one judged check holds."
@@ -217,7 +204,7 @@ def why(report: Report) -> str:
             "free": "is the first module that is wrong, and only when layers feed one another: wiring or KV cache",
         }.get(report.culprit_mode, "is the first module that is out of its bounds")
         return f"{report.culprit} {kind}: {_evidence(report)}."
-    return f"{_sentence(report.failures[0])}." if report.failures else NOTHING
+    return f"{_sentence(report.failures[0])}."
 
 
 def _evidence(report: Report) -> str:
@@ -234,7 +221,7 @@ def _evidence(report: Report) -> str:
             name, error, bound = max(broken, key=lambda m: m[1] / m[2] if m[2] and m[1] == m[1] else math.inf)
             text = f"{name} {three(error)}, bound {three(bound)}"
             return f"{text} ({times(excess(module))}), at {module.where}" if module.where else text
-    return _sentence(report.failures[0]) if report.failures else NOTHING
+    return _sentence(report.failures[0])
 
 
 def _sentence(check: Check) -> str:

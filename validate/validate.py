@@ -74,10 +74,9 @@ def validate(
     _check_possible(subject, other, plan)
     _check_overrides(subject.config, plan)
     bounds = Bounds((subject.dtype, other.dtype), list(plan.overrides))
-    context = (
-        min(s.manifest.limits.max_context for s in (subject, other) if s.manifest)
-        if (subject.manifest or other.manifest)
-        else subject.config.max_position_embeddings
+    context = min(
+        (s.manifest.limits.max_context for s in (subject, other) if s.manifest),
+        default=subject.config.max_position_embeddings,
     )
     sequences, notes = make_sequences(plan.inputs, subject, other, context)
     report = Report(engine, reference, subject.backend, subject.dtype, sum(len(s.tokens) for s in sequences))
@@ -307,10 +306,7 @@ class _Look:
         def read() -> list[WholeRun]:
             found = polygraphy_json.load_outputs(path, self.sequences, interface)
             rows = zip(found, self.sequences, strict=True)
-            return [
-                WholeRun(len(f.logits), i, s, f.logits, list(f.keys), list(f.values), {})
-                for i, (f, s) in enumerate(rows)
-            ]
+            return [WholeRun(i, s, f.logits, list(f.keys), list(f.values), {}) for i, (f, s) in enumerate(rows)]
 
         self.report.notes.append(f"the outputs are from {path}: the engine was not run")
         self._logits_and_cache("polygraphy", self.prefill, read, 0)
@@ -359,4 +355,4 @@ class _Look:
             mean = max(0.0, float(np.concatenate(same).mean()))
             self.report.at_most("marked: mean KL from the engine as it is", mean, self.bounds.whole.mean_kl)
         self.walks.append(walk_whole(runs, self.recording, self.bounds, self.subject.config, self.masks))
-        self.walks.append(walk_inverse(runs, self.other.make_stack(), self.bounds, lambda layer: None))
+        self.walks.append(walk_inverse(runs, self.other.make_stack(), self.bounds))

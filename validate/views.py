@@ -9,7 +9,6 @@ from dataclasses import replace
 from shuntyard.engines.text import Tokenizer
 from shuntyard.errors import CheckpointError
 from shuntyard.validate import statistics
-from shuntyard.validate.inputs import excerpt
 from shuntyard.validate.layers import Walk
 from shuntyard.validate.logits import EDGES, LogitStatistics
 from shuntyard.validate.record import Recording
@@ -65,9 +64,19 @@ def _in_text(flips: list[Flip], reference: Subject, recording: Recording) -> lis
     tokens = {sequence.label: sequence.tokens.tolist() for sequence in recording.sequences}
     out = []
     for flip in flips:
-        before, text, after = excerpt(tokenizer, tokens[flip.sequence], flip.token)
+        before, text, after = _excerpt(tokenizer, tokens[flip.sequence], flip.token)
         out.append(replace(flip, before=before, text=text, after=after))
     return out
+
+
+def _excerpt(tokenizer: Tokenizer | None, tokens: list[int], place: int, around: int = 12) -> tuple[str, str, str]:
+    """The text before, of and behind a token; token ids where there is no tokenizer."""
+
+    def words(ids: list[int]) -> str:
+        return tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+
+    text = words(tokens[place : place + 1]) or f"<{tokens[place]}>"
+    return words(tokens[max(0, place - around) : place]), text, words(tokens[place + 1 : place + 1 + around])
 
 
 def _precision(report: Report, subject: Subject) -> list[dict[str, str]]:

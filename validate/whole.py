@@ -20,13 +20,17 @@ LOGITS_AT_ONCE = 2**28
 class WholeRun:
     """What an engine gave for one sequence, or for its first ``S`` tokens."""
 
-    length: int  # S
     row: int  # of the sequence among all that are compared
     sequence: Sequence
     logits: Array  # [S, V]
     keys: list[Array]  # of each layer [S, G, D]
     values: list[Array]
     inside: dict[str, Array]  # [S, ...] by name; of a marked engine
+
+    @property
+    def length(self) -> int:
+        """``S``, also when the logits have been dropped."""
+        return len(self.keys[0])
 
     def embedding(self) -> Array:
         """What goes into the first layer; of a marked engine."""
@@ -77,7 +81,6 @@ def run_whole(
 def _run(found: Recording, place_in_batch: int, row: int, sequence: Sequence) -> WholeRun:
     place = place_in_batch, slice(0, len(sequence.tokens))
     return WholeRun(
-        len(sequence.tokens),
         row,
         sequence,
         found.logits[place],
