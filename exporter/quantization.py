@@ -54,12 +54,18 @@ class Scheme:
         return f"as FP8 with a scale for each {'output channel' if self.form == 'channel' else 'tensor'}"
 
 
+Activations = Literal["none", "static", "dynamic", "other"]
+"""How a group's inputs are meant to be quantised: FP8 with one number for all, FP8 by token, or in some other way."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Modules that are quantised alike."""
 
     scheme: Scheme
     targets: tuple[str, ...]
+    activations: Activations = "none"
+    described: str = ""  # how, in words, where it is some other way
 
 
 @dataclass(frozen=True)
@@ -70,21 +76,30 @@ class Quantization:
     source: Path
     groups: tuple[Group, ...]
     ignored: tuple[str, ...]
-    activations: str  # "static", "dynamic" or "none": what the file is meant to be run with
     kv_cache: bool
 
+    @property
+    def activations(self) -> tuple[Activations, ...]:
+        """The ways in which inputs are quantised in some group, in the groups' order; empty: none are."""
+        return tuple(dict.fromkeys(group.activations for group in self.groups if group.activations != "none"))
+
     def scheme_of(self, *names: str) -> Scheme | None:
-        """The scheme of a Linear that goes by these names (with and without the prefix); None: it is plain.
+        """The scheme of a Linear that goes by these names; see :meth:`group_of`."""
+        group = self.group_of(*names)
+        return None if group is None else group.scheme
+
+    def group_of(self, *names: str) -> Group | None:
+        """The group of a Linear that goes by these names (with and without the prefix); None: it is plain.
 
         A name counts before a pattern, a pattern before a class, and of two patterns the first by alphabet, as in
         compressed-tensors' ``match_targets``.
         """
         if any(self._matches(pattern, name) for pattern in self.ignored for name in names):
             return None
-        targets = [(target, group.scheme) for group in self.groups for target in group.targets]
-        for target, scheme in sorted(targets, key=lambda pair: (pair[0] == LINEAR, "re:" in pair[0], pair[0])):
+        targets = [(target, group) for group in self.groups for target in group.targets]
+        for target, group in sorted(targets, key=lambda pair: (pair[0] == LINEAR, "re:" in pair[0], pair[0])):
             if target == LINEAR or any(self._matches(target, name) for name in names):
-                return scheme
+                return group
         return None
 
     def _matches(self, pattern: str, name: str) -> bool:
@@ -99,7 +114,7 @@ class Quantization:
         """For ``inspect``."""
         schemes = ", ".join(dict.fromkeys(str(group.scheme).removeprefix("as ") for group in self.groups))
         caches = ", scales for KV caches" if self.kv_cache else ""
-        return f"{self.method}: {schemes}; activations {self.activations}{caches}"
+        return f"{self.method}: {schemes}; activations {' and '.join(self.activations) or 'none'}{caches}"
 
 
 class _Strict(BaseModel):
@@ -226,28 +241,38 @@ def _compressed_tensors(section: dict[str, Any], path: Path) -> Quantization:
                 f"{path}: quantization_config.{key} is {brief(value)}: sparsity and transforms are not supported",
                 hint="give the checkpoint that was quantised without",
             )
-    groups, activations = [], "none"
+    groups = []
     for name, group in config.config_groups.items():
         where = f"{path}: quantization_config.config_groups.{name}"
         if group.weights is None:
             raise UnsupportedError(f"{where}: quantises no weights", hint="only weights' quantisation is understood")
-        if group.input_activations is not None:
-            kind = "dynamic" if group.input_activations.dynamic else "static"
-            if activations not in ("none", kind):
-                raise UnsupportedError(f"{where}: activations are {kind}, in another group {activations}", hint=EDITED)
-            activations = kind
         known = [t for t in group.targets if t in (LINEAR, "lm_head") or t.startswith("re:") or "." in t]
         if len(known) < len(group.targets):
             odd = next(target for target in group.targets if target not in known)
             raise UnsupportedError(
                 f"{where}: target {brief(odd)} is not understood", hint="targets are 'Linear', names, or 're:' patterns"
             )
-        groups.append(Group(_scheme(group.weights, where), tuple(group.targets)))
+        activations, described = _activations(group.input_activations)
+        groups.append(Group(_scheme(group.weights, where), tuple(group.targets), activations, described))
     ignored = tuple(config.ignore or ())
     _check_patterns([*ignored, *(target for group in groups for target in group.targets)], path)
-    return Quantization(
-        "compressed-tensors", path, tuple(groups), ignored, activations, config.kv_cache_scheme is not None
+    return Quantization("compressed-tensors", path, tuple(groups), ignored, config.kv_cache_scheme is not None)
+
+
+def _activations(arguments: _Arguments | None) -> tuple[Activations, str]:
+    """How inputs are quantised, and the same in words. Nothing is refused: who exports decides if they are."""
+    if arguments is None:
+        return "none", ""
+    strategy = arguments.strategy or ("token" if arguments.dynamic else "tensor")
+    described = f"{arguments.type} of {arguments.num_bits} bits by {strategy}, " + (
+        "dynamic" if arguments.dynamic else "static"
     )
+    if (arguments.type, arguments.num_bits) == ("float", 8):
+        if strategy == "token" and arguments.dynamic is True:
+            return "dynamic", described
+        if strategy == "tensor" and arguments.dynamic is False:
+            return "static", described
+    return "other", described
 
 
 def _scheme(weights: _Arguments, where: str) -> Scheme:
@@ -307,5 +332,5 @@ def _modelopt_embedded(section: dict[str, Any], path: Path) -> Quantization:
 
 
 def _modelopt(path: Path, ignored: list[str], kv_cache: bool) -> Quantization:
-    group = Group(Scheme("tensor"), (LINEAR,))
-    return Quantization("modelopt", path, (group,), tuple(ignored), "static", kv_cache)
+    group = Group(Scheme("tensor"), (LINEAR,), "static")
+    return Quantization("modelopt", path, (group,), tuple(ignored), kv_cache)

@@ -54,11 +54,17 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Stored:
-    """How one matrix lies in the files: ``value = entry * scale`` where there is a scale."""
+    """How one matrix lies in the files: ``value = entry * scale`` where there is a scale.
+
+    ``activations`` says whether, and how, what is multiplied with it is rounded to FP8; ``input_scale`` is the scale of
+    those that are ``static`` (``exporter/activations.py``).
+    """
 
     entry: TensorEntry
     scale: TensorEntry | None = None
     group_size: int = 0
+    activations: Literal["none", "static", "dynamic"] = "none"
+    input_scale: TensorEntry | None = None
 
     @property
     def form(self) -> Literal["none", "tensor", "channel", "group"]:
@@ -85,6 +91,8 @@ class Stored:
         yield self.entry
         if self.scale is not None:
             yield self.scale
+        if self.input_scale is not None:
+            yield self.input_scale
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ class _Matcher:
             return False
         entry, quantization = self.tensors[name], self.checkpoint.quantization
         declared = quantization is not None and (
-            quantization.activations == "static" if for_inputs else quantization.kv_cache
+            "static" in quantization.activations if for_inputs else quantization.kv_cache
         )
         if not declared:
             source = self.checkpoint.path / "config.json" if quantization is None else quantization.source
@@ -413,7 +421,7 @@ def _split(experts: Experts) -> Experts:
                 offset=part.entry.offset + e * size,
                 nbytes=size,
             )
-            slices.append(Stored(entry, part.scale))
+            slices.append(replace(part, entry=entry))
     return Experts(form._replace(layout="split"), tuple(slices))
 
 

@@ -49,6 +49,18 @@ READ: dict[str, tuple[dict[str, Any], list[Scheme], str, bool]] = {
     "strategy by nothing": (compressed_tensors(group(WEIGHTS | {"strategy": None})), [Scheme("tensor")], "none", False),
     "dynamic": (compressed_tensors(group(input_activations=DYNAMIC)), [Scheme("channel")], "dynamic", False),
     "static": (compressed_tensors(group(STATIC, input_activations=STATIC)), [Scheme("tensor")], "static", False),
+    "static and dynamic": (
+        compressed_tensors(group(input_activations=STATIC), group(None, Q, input_activations=DYNAMIC)),
+        [Scheme("channel")] * 2,
+        "static and dynamic",
+        False,
+    ),
+    "activations in INT8": (
+        compressed_tensors(group(input_activations=DYNAMIC | {"type": "int"})),
+        [Scheme("channel")],
+        "other",
+        False,
+    ),
     "KV cache": (compressed_tensors(kv_cache_scheme=STATIC), [Scheme("channel")], "none", True),
     "two groups": (
         compressed_tensors(group(None, "re:.*self_attn.*"), group(INT4, "Linear")),
@@ -108,7 +120,7 @@ def test_read(case: str, tmp_path: Path) -> None:
     section, schemes, activations, kv_cache = READ[case]
     found = declared(tmp_path, section)
     assert [one.scheme for one in found.groups] == schemes
-    assert (found.activations, found.kv_cache) == (activations, kv_cache)
+    assert (" and ".join(found.activations) or "none", found.kv_cache) == (activations, kv_cache)
     assert found.method == section["quant_method"] and found.source == tmp_path / "config.json"
     assert str(found).startswith(f"{found.method}: ") and ("KV" in str(found)) == kv_cache
 
@@ -186,10 +198,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         "group_0: quantises no weights",
     ),
     "outputs": (compressed_tensors(group(output_activations=STATIC)), "config_groups.group_0.output_activations"),
-    "static and dynamic": (
-        compressed_tensors(group(input_activations=STATIC), group(None, Q, input_activations=DYNAMIC)),
-        "group_1: activations are dynamic, in another group static",
-    ),
     "a class for a target": (
         compressed_tensors(group(None, "Llama4TextMLP")),
         "target 'Llama4TextMLP' is not understood",
