@@ -1,9 +1,10 @@
 """Writes weights anew, in another type or layout, as a stream: memory stays the same however large a tensor is.
 
 A request (``rewrite_request``) says which stored matrices make each new tensor. ``rewrite_shards`` lays the new tensors
-out in shards and cuts them into chunks of tens of megabytes; ``rewrite_kernels`` makes a chunk's bytes. Here, threads
-work through the chunks: numpy's copies and casts, ``pread`` and ``pwrite`` all let other threads run meanwhile. A
-chunk's bytes depend on nothing but the request, so they are the same with any number of threads.
+out in shards and cuts them into chunks of tens of megabytes; ``rewrite_kernels`` makes a chunk's bytes, of which
+``quantise_stream`` makes quantised ones and their scales. Here, threads work through the chunks: numpy's copies and
+casts, ``pread`` and ``pwrite`` all let other threads run meanwhile. A chunk's bytes depend on nothing but the request,
+so they are the same with any number of threads.
 
 Every value is seen, and NaN and infinity are refused, in copies too. A chunk is done once ``write`` took it. Each shard
 is synced to the disk as it becomes complete, all before the directory appears (``resumable`` says why that is enough).
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from shuntyard.errors import OutputError
+from shuntyard.exporter.quantise_stream import quantised
 from shuntyard.exporter.resumable import Journal, Workspace, journal_files, sync
 from shuntyard.exporter.rewrite_kernels import Scratch, Sources, fill, prefetch
-from shuntyard.exporter.rewrite_request import Piece, Target, check_request, describe
+from shuntyard.exporter.rewrite_request import Piece, Quantize, Target, check_request, describe
 from shuntyard.exporter.rewrite_shards import INDEX_NAME, Chunk, Shard, index_of, plan_shards
 from shuntyard.exporter.safetensors_header import Header, read_header
 
-__all__ = ["Piece", "Target", "request_key", "rewrite"]
+__all__ = ["Piece", "Quantize", "Target", "request_key", "rewrite"]
 
 SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 80 * 2**20
@@ -280,6 +282,21 @@ class _Run:
         chunk = self._jobs[number].chunk
         scratch = self._scratch.get()
         try:
+            self._write_chunk(chunk, descriptor, scratch)
+        finally:
+            self._scratch.put(scratch)
+        # Asks for this part to be written to the disk now, instead of all at once when the shard is synced; and of what
+        # was asked for some time ago, that it leaves the page cache, which the machine has better uses for.
+        for begin, end in ((chunk.place, chunk.place + chunk.rows * chunk.stride), _behind(chunk)):
+            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def _write_chunk(self, chunk: Chunk, descriptor: int, scratch: Scratch) -> None:
+        if chunk.target.data is not None:
+            _write(descriptor, memoryview(chunk.target.data), chunk.place)
+        elif chunk.target.quantize is not None:
+            for place, made in quantised(chunk, self._sources, scratch):
+                _write(descriptor, memoryview(made), place)
+        else:
             for band in chunk.bands(WRITE_BYTES):
                 data: Any = fill(band, self._sources, scratch)
                 if band.row_bytes == band.stride:
@@ -287,12 +304,6 @@ class _Run:
                 else:
                     for row, line in enumerate(data):
                         _write(descriptor, memoryview(line), band.place + row * band.stride)
-        finally:
-            self._scratch.put(scratch)
-        # Asks for this part to be written to the disk now, instead of all at once when the shard is synced; and of what
-        # was asked for some time ago, that it leaves the page cache, which the machine has better uses for.
-        for begin, end in ((chunk.place, chunk.place + chunk.rows * chunk.stride), _behind(chunk)):
-            os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _behind(chunk: Chunk) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a rewrite is asked for: new tensors, each a mosaic of matrices that lie in stored tensors.
+"""What a rewrite is asked for: new tensors, each a mosaic of stored matrices, as they are or quantised.
 
 A stored tensor is seen as a matrix: its last axis are the columns, all axes before it the rows; a vector is one row.
 """
@@ -10,9 +10,9 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry
@@ -20,6 +20,12 @@ from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry
 SOURCE_DTYPES = ("BF16", "F16", "F32", "F8_E4M3")
 TARGET_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
 SCALE_DTYPES = ("F32", "BF16", "F16")
+
+QUANTIZATION = 1
+"""Of the numbers that ``quantise`` makes. A later version that makes others must not go on with ours."""
+
+MOST_COLUMNS = 2**20
+"""Of a matrix that is quantised: some of its rows are in memory at a time, whole. Llama 4 has 16,384."""
 
 _MISMATCH = "config.json and the shards must be of the same checkpoint"
 
@@ -72,27 +78,99 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A new tensor.
+class Quantize:
+    """How a target is quantised: FP8 by ``tensor`` or by ``channel`` (row), INT4 by ``group`` of columns of a row.
 
-    ``pieces`` are rows of blocks: the pieces of an inner tuple stand side by side (joined along the last axis), the
-    rows of blocks below each other. One piece is ``((piece,),)``; a stack of experts has one row of blocks for each.
+    The numbers are those of ``quantise.quantise_matrix``. ``scale_name`` is the tensor that the scales are written to.
+
+    ========== ================================== ==================================
+    form       the weight, of ``[out, in]``       its scale
+    ========== ================================== ==================================
+    tensor     F8_E4M3 ``[out, in]``              F32 ``[1]``
+    channel    F8_E4M3 ``[out, in]``              F32 ``[out, 1]``
+    group      I32 ``[out, in / 8]``, packed      BF16 ``[out, in / group_size]``
+    ========== ================================== ==================================
     """
+
+    form: Literal["tensor", "channel", "group"]
+    group_size: int = 0
+    scale_name: str = ""
+
+    @property
+    def dtype(self) -> str:
+        """The type that the weight is stored in."""
+        return "I32" if self.form == "group" else "F8_E4M3"
+
+    @property
+    def scale_dtype(self) -> str:
+        """The type that its scale is stored in."""
+        return "BF16" if self.form == "group" else "F32"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape of the scale of a matrix."""
+        if self.form == "group":
+            return rows, columns // self.group_size
+        return (rows, 1) if self.form == "channel" else (1,)
+
+
+class Stored(NamedTuple):
+    """A tensor as the header of a new shard has it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[tuple[Piece, ...], ...]
 
     @property
     def item_bytes(self) -> int:
-        """Size of a value."""
+        """Size of a value; of a packed one, that of what it is packed into."""
         return ITEM_BITS[self.dtype] // 8
 
     @property
     def nbytes(self) -> int:
         """Size of the tensor."""
         return math.prod(self.shape) * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A new tensor, and its scale where it is quantised.
+
+    ``pieces`` are rows of blocks: the pieces of an inner tuple stand side by side (joined along the last axis), the
+    rows of blocks below each other. One piece is ``((piece,),)``; a stack of experts has one row of blocks for each.
+
+    With ``quantize``, ``shape`` counts values, ``[out, in]``, and ``dtype`` is ``quantize.dtype``. With ``data``, its
+    bytes are the tensor's, of any type, and there are no pieces.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    quantize: Quantize | None = None
+    data: bytes | None = None
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """What is written: the tensor, then its scale if it has one."""
+        if self.quantize is None:
+            return (Stored(self.name, self.dtype, self.shape),)
+        rows, columns = matrix(self.shape)
+        packed = columns // 8 if self.quantize.form == "group" else columns
+        scale = self.quantize.scale_shape(rows, columns)
+        return (
+            Stored(self.name, self.dtype, (rows, packed)),
+            Stored(self.quantize.scale_name, self.quantize.scale_dtype, scale),
+        )
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of a value of the tensor itself, as it is stored."""
+        return self.stored[0].item_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor, with its scale."""
+        return sum(stored.nbytes for stored in self.stored)
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -119,13 +197,15 @@ def check_request(targets: Sequence[Target]) -> None:
     """
     seen: set[str] = set()
     for target in targets:
-        if target.name in seen or target.name == "__metadata__":
-            raise CheckpointError(f"tensor '{target.name}' would be written twice, or is no name", hint=_MISMATCH)
-        seen.add(target.name)
-        if target.dtype not in TARGET_DTYPES:
-            raise UnsupportedError(
-                f"tensor '{target.name}': {target.dtype} cannot be written", hint=f"one of {', '.join(TARGET_DTYPES)}"
-            )
+        _check_type(target)
+        for name, _, _ in target.stored:
+            if name in seen or name in ("", "__metadata__"):
+                raise CheckpointError(f"tensor '{name}' would be written twice, or is no name", hint=_MISMATCH)
+            seen.add(name)
+        if target.data is not None:
+            if target.pieces or len(target.data) != target.nbytes:
+                raise _contradiction(target)
+            continue
         rows, columns = matrix(target.shape)
         for blocks in target.pieces:
             for piece in blocks:
@@ -135,6 +215,41 @@ def check_request(targets: Sequence[Target]) -> None:
             rows -= blocks[0].shape[0]
         if rows != 0:
             raise _contradiction(target)
+
+
+def _check_type(target: Target) -> None:
+    """Whether a target's type can be written; quantised, whether its shape can be too."""
+    how = target.quantize
+    if how is None:
+        whole = [dtype for dtype, bits in ITEM_BITS.items() if bits % 8 == 0]
+        if target.dtype not in (TARGET_DTYPES if target.data is None else whole):
+            raise UnsupportedError(
+                f"tensor '{target.name}': {target.dtype} cannot be written", hint=f"one of {', '.join(TARGET_DTYPES)}"
+            )
+        return
+    if how.form not in ("tensor", "channel", "group") or (how.group_size > 0) != (how.form == "group"):
+        raise UnsupportedError(
+            f"tensor '{target.name}' cannot be quantised by {how.form} with groups of {how.group_size}",
+            hint="by tensor, by channel, or by group with a group size",
+        )
+    if target.dtype != how.dtype or target.data is not None:
+        raise UnsupportedError(
+            f"tensor '{target.name}': {target.dtype} is not what is quantised by {how.form}", hint=f"it is {how.dtype}"
+        )
+    shown = f"tensor '{target.name}' of shape {list(target.shape)}"
+    if len(target.shape) != 2 or 0 in target.shape or target.shape[1] > MOST_COLUMNS:
+        raise UnsupportedError(
+            f"{shown} cannot be quantised", hint=f"a matrix [out, in] can, of at most {MOST_COLUMNS} columns"
+        )
+    if how.form == "group" and (target.shape[1] % how.group_size or target.shape[1] % 8):
+        raise UnsupportedError(
+            f"{shown} cannot be quantised in groups of {how.group_size}",
+            hint="its columns must be a multiple of the group size and of 8",
+        )
+    if how.form == "tensor" and len(target.pieces) != 1:
+        raise UnsupportedError(
+            f"{shown} has several rows of blocks and cannot be quantised by tensor", hint="quantise it by channel"
+        )
 
 
 def _contradiction(target: Target) -> CheckpointError:
@@ -236,7 +351,12 @@ def describe(targets: Sequence[Target], extra: dict[str, Any]) -> str:
         digest.update(json.dumps([file.name, *stamp(file)]).encode())
     for target in targets:
         pieces = [[piece_of(piece) for piece in blocks] for blocks in target.pieces]
-        digest.update(json.dumps([target.name, target.dtype, target.shape, pieces]).encode())
+        described: list[Any] = [target.name, target.dtype, target.shape, pieces]
+        if target.quantize is not None:
+            described.append(["quantize", QUANTIZATION, *astuple(target.quantize)])
+        if target.data is not None:
+            described.append(["data", hashlib.sha256(target.data).hexdigest()])
+        digest.update(json.dumps(described).encode())
     return digest.hexdigest()
 
 

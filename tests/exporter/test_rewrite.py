@@ -42,6 +42,7 @@ TORCH = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
     "I32": torch.int32,
+    "I64": torch.int64,
 }
 LARGEST = {"BF16": 3.3895314e38, "F16": 65504.0, "F32": 3.4028235e38, "F8_E4M3": 448.0}
 
@@ -75,20 +76,21 @@ def run(targets: Sequence[Target], out: Path, **options: Any) -> dict[str, NDArr
     with resumable_directory(out, request_key(targets, "source", **asked)) as work:
         headers = rewrite(targets, work, source_fingerprint="source", **options)
     index = json.loads((out / "model.safetensors.index.json").read_text())
+    asked_for = {stored.name: stored for target in targets for stored in target.stored}
     found: dict[str, NDArray[np.uint8]] = {}
     for header in headers:
         with safe_open(out / header.file.name, "pt") as file:
             assert file.metadata() == {"format": "pt"}
             for name in file.keys():  # noqa: SIM118, no mapping
                 tensor = file.get_tensor(name)
-                own = next(target for target in targets if target.name == name)
+                own = asked_for[name]
                 assert (tuple(tensor.shape), tensor.dtype) == (own.shape, TORCH[own.dtype])
                 assert index["weight_map"][name] == header.file.name
                 found[name] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         for entry in header.tensors:
             assert entry.offset % (ITEM_BITS[entry.dtype] // 8) == 0
     assert index["metadata"]["total_size"] == sum(len(data) for data in found.values())
-    assert sorted(found) == sorted(index["weight_map"]) == sorted(target.name for target in targets)
+    assert sorted(found) == sorted(index["weight_map"]) == sorted(asked_for)
     assert {p.name for p in out.iterdir()} == {"model.safetensors.index.json", *index["weight_map"].values()}
     return found
 
@@ -293,6 +295,23 @@ def test_reads_and_writes_that_take_a_part(tmp_path: Path, monkeypatch: pytest.M
     assert found["half"].tobytes() == stored.astype(ml_dtypes.bfloat16).tobytes()
 
 
+def test_given_bytes(tmp_path: Path) -> None:
+    """Tensors that are made of nothing, among others; of any type, and empty too."""
+    entries = write_source(tmp_path / "a.safetensors", {"a": ("BF16", np.ones((3, 4), ml_dtypes.bfloat16))})
+    shape, scale = np.array([3, 4], np.int64).tobytes(), np.array([0.25], np.float32).tobytes()
+    targets = [
+        Target("a", "BF16", (3, 4), ((Piece(entries["a"]),),)),
+        Target("a.shape", "I64", (2,), (), data=shape),
+        Target("a.scale", "F32", (1,), (), data=scale),
+        Target("none", "I32", (0,), (), data=b""),
+    ]
+    found = run(targets, tmp_path / "out", chunk_bytes=4)
+    assert (found["a.shape"].tobytes(), found["a.scale"].tobytes(), len(found["none"])) == (shape, scale, 0)
+    key = request_key(targets, "")
+    targets[2] = replace(targets[2], data=b"\0\0\0\0")
+    assert request_key(targets, "") != key
+
+
 def test_wide_types_come_first(tmp_path: Path) -> None:
     """So that each tensor is aligned to its own type, whatever odd sizes stand before it."""
     entries = write_source(tmp_path / "a.safetensors", {"a": ("BF16", np.ones(3, ml_dtypes.bfloat16))})
@@ -446,6 +465,14 @@ class TestRefusedRequests:
     def test_integers(self, tmp_path: Path, entries: dict[str, TensorEntry]) -> None:
         target = Target("new", "F32", (4, 2), ((Piece(entries["packed"]),),))
         self.refuse(tmp_path, [target], "'packed' is I32, which cannot be rewritten", UnsupportedError)
+
+    def test_given_bytes(self, tmp_path: Path, entries: dict[str, TensorEntry]) -> None:
+        short = Target("new", "I64", (2,), (), data=bytes(15))
+        self.refuse(tmp_path, [short], r"tensor 'new' of shape \[2\] cannot be put together")
+        both = Target("new", "F32", (2, 1), ((Piece(entries["two"], transpose=True),),), data=bytes(8))
+        self.refuse(tmp_path, [both], r"tensor 'new' of shape \[2, 1\] cannot be put together")
+        packed = Target("new", "F4", (2,), (), data=bytes(1))
+        self.refuse(tmp_path, [packed], "F4 cannot be written", UnsupportedError)
 
     def test_twice(self, tmp_path: Path, entries: dict[str, TensorEntry]) -> None:
         target = Target("new", "F32", (2, 4, 6), ((Piece(entries["a"]),),))
