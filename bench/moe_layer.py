@@ -95,7 +95,13 @@ def routed_model(layer: Any, hidden: int, experts: int) -> bytes:
         return tape.op("MatMul", [x, tape.op("Transpose", [weight(f"{name}.weight")], {"perm": [1, 0]})])
 
     def private(op: Op, inputs: list[ir.Value]) -> list[ir.Value]:
-        known: dict[str, Any] = {"top_k": 1, "experts": experts, "layout": "fused", "group_size": 0}
+        known: dict[str, Any] = {
+            "top_k": 1,
+            "experts": experts,
+            "layout": "fused",
+            "group_size": 0,
+            "activations": "none",
+        }
         attributes = {name: known[name] for name in op.attributes}
         outputs = tape.op_multi_out(op.name, inputs, attributes, domain=DOMAIN, num_outputs=len(op.outputs))
         return list(outputs)

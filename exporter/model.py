@@ -113,7 +113,7 @@ def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor, Te
     scores, expert_offsets, permutation = ops.moe_routing(logits, top_k)
     fused = [w["feed_forward.experts.gate_up_proj"], w["feed_forward.experts.down_proj"]]
     experts = config.num_local_experts
-    rows = ops.moe_experts(x, scores, expert_offsets, permutation, fused, [], top_k, experts, "fused", 0)
+    rows = ops.moe_experts(x, scores, expert_offsets, permutation, fused, [], [], top_k, experts, "fused", 0, "none")
     shared = swiglu(x, w, "feed_forward.shared_expert")
     return ops.moe_scatter_add(shared, rows, permutation, top_k), logits, shared
 

@@ -95,13 +95,16 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         permutation: Any,
         weights: Any,
         scales: Any,
+        activation_scales: Any,
         top_k: int,
         experts: int,
         layout: str,
         group_size: int,
+        activations: str,
     ) -> Any:
-        assert not scales
-        form: dict[str, Any] = {"top_k": top_k, "experts": experts, "layout": layout, "group_size": group_size}
+        assert not scales and not activation_scales
+        form: dict[str, Any] = {"top_k": top_k, "experts": experts, "layout": layout}
+        form |= {"group_size": group_size, "activations": activations}
         return opset.ShuntyardMoeExperts(x, scores, offsets, permutation, *weights, **form)
 
     def scatter_add(base: Any, rows: Any, permutation: Any, top_k: int) -> Any:
@@ -113,12 +116,16 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def dequantize(weight: Any, scale: Any, group_size: int) -> Any:
         raise AssertionError("layers are traced with plain weights")
 
+    def quantize(x: Any, scale: Any) -> Any:
+        raise AssertionError("layers are traced with plain activations")
+
     table: dict[Op, Callable[..., Any]] = {
         contract.ROUTING: routing,
         contract.EXPERTS: moe_experts,
         contract.SCATTER_ADD: scatter_add,
         contract.CACHED_ATTENTION: attention,
         contract.DEQUANTIZE: dequantize,
+        contract.QUANTIZE: quantize,
     }
     return {_torch_overload(op): translate for op, translate in table.items()}
 

@@ -17,8 +17,8 @@ their tracks, couple them again in order.
     ``sigmoid(logit)`` of row ``i``'s slot, in permuted order. Logits must not be NaN.
 
 ``ShuntyardMoeExperts`` (run)
-    ``x [T, H]``, ``scores f32 [T*K]``, ``expert_offsets i32 [E+1]``, ``permutation i32 [T*K]``, then two lists,
-    ``weights`` and ``scales`` -> ``rows [T*K, H]`` of x's type.
+    ``x [T, H]``, ``scores f32 [T*K]``, ``expert_offsets i32 [E+1]``, ``permutation i32 [T*K]``, then three lists,
+    ``weights``, ``scales`` and ``activation_scales`` -> ``rows [T*K, H]`` of x's type.
     Row ``i`` is ``SwiGLU_e(scores[i] * x[permutation[i] // K])``: the score scales the *input*
     (transformers ``modeling_llama4.py``, ``Llama4TextMoe``). Weights of another type are rounded to x's. Products
     accumulate in fp32; values are rounded to x's type after scaling, after gate and up, after ``silu(gate) * up``
@@ -42,6 +42,14 @@ their tracks, couple them again in order.
       stored as ``value + 8`` (compressed-tensors' ``pack-quantized``); scales ``[out, in/group_size]``. The ONNX
       function takes the same bytes as UINT4 ``[out, in]``. ``in`` is a multiple of 8 and of ``group_size``.
 
+    ``activations`` is ``none``, or with FP8 weights ``static`` or ``dynamic``: the rows of each product are then
+    quantised as ``ShuntyardQuantize`` does it, the scaled inputs before gate and up, the hidden rows before down. The
+    product is ``(sum of codes * weight values in fp32) * factor * weight scale``, left to right in fp32, rounded to x's
+    type as ever: weight values are exact, and not scaled before. ``static`` takes as factor the weight's entry in
+    ``activation_scales``, which then has one of 1 element for each weight (fp32, fp16 or bf16, all of one type); in
+    layouts where gate and up are one weight they share it. Otherwise ``activation_scales`` is empty. ``dynamic`` has a
+    factor for each row.
+
 ``ShuntyardMoeScatterAdd`` (couple)
     ``base [T, H]``, ``rows [T*K, H]``, ``permutation i32 [T*K]`` -> ``out [T, H]``.
     ``out[t] = base[t] + sum over k of the row that holds slot t * K + k``, summed in fp32 in the order of
@@ -59,6 +67,14 @@ Attention over a static cache is a fourth private op. It has no plugin: each run
 ``ShuntyardDequantize``, without a plugin too, is a quantised weight of one Linear.
     ``weight [out, in]``, ``scale`` -> ``value f32 [out, in]``, by the rules for weights of the experts in layout
     ``linear``: FP8 with ``group_size`` 0, INT4 with ``group_size`` > 0.
+
+``ShuntyardQuantize``, without a plugin too, makes e4m3 numbers of the rows that a product takes.
+    ``x [..., in]`` of fp32, fp16 or bf16, and in form ``static`` a ``scale`` of 1 element, of any of these types ->
+    ``codes f32 [..., in]``, ``factor f32 [1]`` (``static``) or ``[..., 1]`` (``dynamic``).
+    ``codes = e4m3(float32(x) / factor)``: a true division in fp32, then to the nearest e4m3 number, ties to even, held
+    to -448 .. 448, NaN staying NaN; codes are given as fp32. ``static``: ``factor = float32(scale)``. ``dynamic``:
+    ``factor = max(m, 2**-100) / 448`` in fp32, m the largest ``|float32(x)|`` of the row that is not NaN (else 0).
+    A product of the codes, times ``factor``, stands for a product of x.
 """
 
 from __future__ import annotations
@@ -85,6 +101,18 @@ LAYOUTS = ("fused", "split", "linear")
 QUANTIZATIONS = ("none", "tensor", "channel", "group")
 """Weights as they are; FP8 with a scale for each tensor; FP8 with one for each out channel; INT4 with one a group."""
 
+ACTIVATIONS = ("none", "static", "dynamic")
+"""The rows of products as they are; FP8 with a scale that is given; FP8 with one for each row, made of the row."""
+
+QUANTIZE_FORMS = ACTIVATIONS[1:]
+"""The forms of ``ShuntyardQuantize``."""
+
+LARGEST_CODE = 448.0
+"""The largest e4m3 number."""
+
+SMALLEST_AMAX = 2.0**-100
+"""What a row's largest magnitude is at least taken for: a row of zeros needs a factor, too."""
+
 
 class ExpertsForm(NamedTuple):
     """How the weights of one call of the experts come: what tells the ONNX functions of one op apart."""
@@ -93,6 +121,7 @@ class ExpertsForm(NamedTuple):
     layout: str = "fused"
     quantization: str = "none"
     group_size: int = 0
+    activations: str = "none"
 
     def check(self) -> ExpertsForm:
         """Itself, if there is such a form.
@@ -110,16 +139,24 @@ class ExpertsForm(NamedTuple):
             raise ValueError(f"layout is {self.layout!r}, but INT4 weights come in layout 'linear' only")
         if (self.group_size > 0) != (self.quantization == "group") or self.group_size < 0:
             raise ValueError(f"group_size is {self.group_size} with quantization {self.quantization!r}")
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations is {self.activations!r}, must be one of {', '.join(ACTIVATIONS)}")
+        if self.activations != "none" and self.quantization not in ("tensor", "channel"):
+            raise ValueError(
+                f"activations is {self.activations!r} with quantization {self.quantization!r}: "
+                "only FP8 weights take quantised activations"
+            )
         return self
 
     @property
     def overload(self) -> str:
-        """The ONNX function's overload: empty for plain fused weights, else as ``linear_16_group128``."""
+        """The ONNX function's overload: empty for plain fused weights, else as ``linear_16_tensor_static``."""
         if self.layout == "fused" and self.quantization == "none":
             return ""
         group = str(self.group_size) if self.group_size else ""
         quantized = "" if self.quantization == "none" else f"_{self.quantization}{group}"
-        return f"{self.layout}_{self.experts}{quantized}"
+        activations = "" if self.activations == "none" else f"_{self.activations}"
+        return f"{self.layout}_{self.experts}{quantized}{activations}"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -137,6 +174,13 @@ class ExpertsForm(NamedTuple):
     def scale_names(self) -> tuple[str, ...]:
         """A name for each scale, none if there are none."""
         return () if self.quantization == "none" else tuple(f"scale.{name}" for name in self.weight_names)
+
+    @property
+    def activation_scale_names(self) -> tuple[str, ...]:
+        """A name for each scale of activations, none if they are not given."""
+        if self.activations != "static":
+            return ()
+        return tuple(f"activation_scale.{name}" for name in self.weight_names)
 
     def weight_shapes(self, hidden: int, intermediate: int) -> tuple[tuple[int, ...], ...]:
         """The shape of each weight; INT4 as int32 ``[out, in/8]``."""
@@ -170,15 +214,17 @@ def experts_form(
     hidden: int,
     weights: Sequence[Sequence[int]],
     scales: Sequence[Sequence[int]],
+    activation_scales: Sequence[Sequence[int]],
+    activations: str,
 ) -> ExpertsForm:
-    """The form that the shapes of weights and scales are in, INT4 as int32 ``[out, in/8]``; x is ``[T, hidden]``.
+    """The form that the shapes of the three lists are in, INT4 as int32 ``[out, in/8]``; x is ``[T, hidden]``.
 
     Raises:
         ValueError: they are in none.
     """
     sizes = [math.prod(shape) for shape in scales]
     quantization = "none" if not scales else "channel" if any(size != 1 for size in sizes) else "tensor"
-    form = ExpertsForm(experts, layout, "group" if group_size else quantization, group_size).check()
+    form = ExpertsForm(experts, layout, "group" if group_size else quantization, group_size, activations).check()
     names = form.weight_names
     if len(weights) != len(names) or len(scales) != len(form.scale_names):
         raise ValueError(
@@ -198,6 +244,14 @@ def experts_form(
     for name, size, count in zip(form.scale_names, sizes, form.scale_sizes(hidden, intermediate), strict=True):
         if size != count:
             raise ValueError(f"scale {name} has {size} elements, must have {count}")
+    if len(activation_scales) != len(form.activation_scale_names):
+        raise ValueError(
+            f"activations '{activations}' with {len(names)} weights take {len(form.activation_scale_names)} "
+            f"activation scales, not {len(activation_scales)}"
+        )
+    for name, shape in zip(form.activation_scale_names, activation_scales, strict=True):
+        if math.prod(shape) != 1:
+            raise ValueError(f"{name} has {math.prod(shape)} elements, must have 1")
     return form
 
 
@@ -206,7 +260,8 @@ class Op:
     """What an op is called and takes, in the order of its inputs and outputs.
 
     ``variadic`` names the lists that follow the inputs: arguments of their own in torch; in ONNX, which knows one
-    variadic input at most, their tensors stand one list after the other.
+    variadic input at most, their tensors stand one list after the other. ``optional`` names inputs that follow, too,
+    and that only some forms have: None in torch, left out in ONNX.
     """
 
     name: str
@@ -215,6 +270,7 @@ class Op:
     attributes: tuple[str, ...]
     has_plugin: bool
     variadic: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def torch_name(self) -> str:
@@ -233,9 +289,9 @@ ROUTING = Op(
 EXPERTS = Op(
     "ShuntyardMoeExperts",
     inputs=("x", "scores", "expert_offsets", "permutation"),
-    variadic=("weights", "scales"),
+    variadic=("weights", "scales", "activation_scales"),
     outputs=("rows",),
-    attributes=("top_k", "experts", "layout", "group_size"),
+    attributes=("top_k", "experts", "layout", "group_size", "activations"),
     has_plugin=True,
 )
 SCATTER_ADD = Op(
@@ -259,11 +315,19 @@ DEQUANTIZE = Op(
     attributes=("group_size",),
     has_plugin=False,
 )
+QUANTIZE = Op(
+    "ShuntyardQuantize",
+    inputs=("x",),
+    optional=("scale",),
+    outputs=("codes", "factor"),
+    attributes=(),
+    has_plugin=False,
+)
 
-OPS = (ROUTING, EXPERTS, SCATTER_ADD, CACHED_ATTENTION, DEQUANTIZE)
+OPS = (ROUTING, EXPERTS, SCATTER_ADD, CACHED_ATTENTION, DEQUANTIZE, QUANTIZE)
 """All of them."""
 
-ATTRIBUTE_KINDS = {"scale": float, "layout": str}
+ATTRIBUTE_KINDS = {"scale": float, "layout": str, "activations": str}
 """Types of the attributes; all others are int."""
 
 PLUGINS = tuple(op for op in OPS if op.has_plugin)

@@ -7,7 +7,9 @@ zero rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +51,7 @@ class _Body(Tape):
 def _function(
     op: Op, build: Callable[..., Sequence[ir.Value]], overload: str = "", lists: Sequence[str] = ()
 ) -> ir.Function:
-    """Wraps what ``build(tape, *inputs)`` writes as the function of ``op``; ``lists`` names the variadic inputs."""
+    """Wraps what ``build(tape, *inputs)`` writes as the function of ``op``; ``lists`` names its further inputs."""
     tape = _Body()
     inputs = [ir.val(name) for name in (*op.inputs, *lists)]
     outputs = build(tape, *inputs)
@@ -97,15 +99,17 @@ def _invert(tape: _Body, permutation: ir.Value) -> ir.Value:
     return tape.op("ScatterElements", [identity, index, identity], {"axis": 0})
 
 
-def experts_overload(experts: int, layout: str, quantization: str, group_size: int) -> str:
+def experts_overload(experts: int, layout: str, quantization: str, group_size: int, activations: str = "none") -> str:
     """What sets ``moe_experts`` of these arguments apart from others, for the nodes that call it."""
-    return ExpertsForm(experts, layout, quantization, group_size).check().overload
+    return ExpertsForm(experts, layout, quantization, group_size, activations).check().overload
 
 
-def moe_experts(experts: int, layout: str = "fused", quantization: str = "none", group_size: int = 0) -> ir.Function:
+def moe_experts(
+    experts: int, layout: str = "fused", quantization: str = "none", group_size: int = 0, activations: str = "none"
+) -> ir.Function:
     """Grouped SwiGLU, unrolled over so many experts, for weights of one form (``contract.ExpertsForm``)."""
-    form = ExpertsForm(experts, layout, quantization, group_size).check()
-    count = len(form.weight_names)
+    form = ExpertsForm(experts, layout, quantization, group_size, activations).check()
+    names = (form.weight_names, form.scale_names, form.activation_scale_names)
 
     def build(
         tape: _Body,
@@ -123,36 +127,111 @@ def moe_experts(experts: int, layout: str = "fused", quantization: str = "none",
         offsets = tape.op_multi_out(
             "Split", [expert_offsets], {"axis": 0, "num_outputs": experts + 1}, num_outputs=experts + 1
         )
-        matrices = _matrices(tape, form, x, lists[:count], lists[count:])
+        own_lists = iter(lists)
+        weights, scales, activation_scales = (list(itertools.islice(own_lists, len(own))) for own in names)
+        parts = _parts(tape, form, x, weights, scales, activation_scales)
         rows = []
         for e in range(experts):
             own = op("Slice", [scaled, offsets[e], offsets[e + 1], tape.const([0], np.int32)])
-            products = [op("MatMul", [own, part[e]]) for part in matrices[:-1]]
+            products = _products(tape, form, own, [part[e] for part in parts[:-1]])
             if len(products) == 1:
                 products = list(tape.op_multi_out("Split", products, {"axis": 1, "num_outputs": 2}, num_outputs=2))
             gate, up = products
             wide = tape.as_float(gate)
             silu = op("Mul", [wide, op("Sigmoid", [wide])])
             hidden = op("CastLike", [op("Mul", [silu, tape.as_float(up)]), x])
-            rows.append(op("MatMul", [hidden, matrices[-1][e]]))
+            rows += _products(tape, form, hidden, [parts[-1][e]])
         return (op("Concat", rows, {"axis": 0}),)
 
-    return _function(contract.EXPERTS, build, form.overload, [*form.weight_names, *form.scale_names])
+    return _function(contract.EXPERTS, build, form.overload, list(itertools.chain(*names)))
 
 
-def _matrices(
-    tape: _Body, form: ExpertsForm, x: ir.Value, weights: Sequence[ir.Value], scales: Sequence[ir.Value]
-) -> list[list[ir.Value]]:
-    """For each of ``form.parts`` the experts' matrices ``[in, out]`` in x's type; constants, once they are folded."""
-    matrices = []
+class _Part(NamedTuple):
+    """What one product of one expert takes; constants, once they are folded."""
+
+    weight: ir.Value  # [in, out] of x's type; e4m3 numbers in fp32 if activations are quantised
+    weight_scale: ir.Value | None  # f32 [1] or [1, out], if they are
+    activation_scale: ir.Value | None  # if it is given
+
+
+def _parts(
+    tape: _Body,
+    form: ExpertsForm,
+    x: ir.Value,
+    weights: Sequence[ir.Value],
+    scales: Sequence[ir.Value],
+    activation_scales: Sequence[ir.Value],
+) -> list[list[_Part]]:
+    """For each of ``form.parts`` what each expert's product takes."""
+    matrices, factors = [], []
     for i, weight in enumerate(weights):
-        if scales:
-            weight = _scaled(tape, form, weight, scales[i])
-        matrix = tape.op("CastLike", [weight, x])
+        if form.activations != "none":
+            matrix = tape.as_float(weight)
+            shape = [form.experts, 1, -1] if _each_has_scales(form) else [1, -1]
+            factors.append(tape.op("Reshape", [tape.as_float(scales[i]), tape.const(shape)]))
+        else:
+            matrix = tape.op("CastLike", [_scaled(tape, form, weight, scales[i]) if scales else weight, x])
         matrices.append(tape.op("Transpose", [matrix], {"perm": [1, 0]}) if form.layout == "linear" else matrix)
+    experts = form.experts
     if form.layout == "fused":
-        return [_each_expert(tape, stacked, form.experts) for stacked in matrices]
-    return [matrices[i : i + form.experts] for i in range(0, len(matrices), form.experts)]
+        matrices = [own for stacked in matrices for own in _each_expert(tape, stacked, experts)]
+        if _each_has_scales(form):
+            factors = [own for stacked in factors for own in _each_expert(tape, stacked, experts)]
+        else:
+            factors = [factor for factor in factors for _ in range(experts)]
+        activation_scales = [scale for scale in activation_scales for _ in range(experts)]
+    every = itertools.zip_longest(matrices, factors, activation_scales)  # lists are empty where a form has none
+    parts = [_Part(*own) for own in every]
+    return [parts[i : i + experts] for i in range(0, len(parts), experts)]
+
+
+def _each_has_scales(form: ExpertsForm) -> bool:
+    """Whether one tensor has scales for every channel of every expert."""
+    return form.layout == "fused" and form.quantization == "channel"
+
+
+def _products(tape: _Body, form: ExpertsForm, rows: ir.Value, parts: Sequence[_Part]) -> list[ir.Value]:
+    """``rows [.., in]`` times the matrices of these parts, in x's type."""
+    if form.activations == "none":
+        return [tape.op("MatMul", [rows, part.weight]) for part in parts]
+    made = []
+    codes = factor = rows
+    for i, part in enumerate(parts):
+        if i == 0 or form.activations == "static":  # a row's own factor is the same for all
+            codes, factor = _quantized(tape, rows, part.activation_scale)
+        assert part.weight_scale is not None
+        summed = tape.op("Mul", [tape.op("MatMul", [codes, part.weight]), factor])
+        made.append(tape.op("CastLike", [tape.op("Mul", [summed, part.weight_scale]), rows]))
+    return made
+
+
+def _quantized(tape: _Body, x: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    """Codes and factor of ``ShuntyardQuantize``. With a scale of 1 QuantizeLinear is the rounding alone."""
+    op, wide = tape.op, tape.as_float(x)
+    if scale is None:
+        # ReduceMax leaves open what it makes of NaN; ONNX Runtime's depends on the place.
+        numbers = op("Where", [op("IsNaN", [wide]), tape.const(0.0, np.float32), op("Abs", [wide])])
+        largest = op("ReduceMax", [numbers, tape.const([-1])], {"keepdims": 1})
+        largest = op("Max", [largest, tape.const(contract.SMALLEST_AMAX, np.float32)])
+        factor = op("Div", [largest, tape.const(contract.LARGEST_CODE, np.float32)])
+    else:
+        factor = op("Reshape", [tape.as_float(scale), tape.const([1])])
+    one = tape.const(1.0, np.float32)
+    eight_bits = op(
+        "QuantizeLinear", [op("Div", [wide, factor]), one], {"output_dtype": ir.DataType.FLOAT8E4M3FN, "saturate": 1}
+    )
+    return op("DequantizeLinear", [eight_bits, one]), factor
+
+
+def quantize(form: str) -> ir.Function:
+    """e4m3 numbers of the rows that a product takes, with a scale of one of ``contract.QUANTIZE_FORMS``."""
+    if form not in contract.QUANTIZE_FORMS:
+        raise ValueError(f"form is {form!r}, must be one of {', '.join(contract.QUANTIZE_FORMS)}")
+
+    def build(tape: _Body, x: ir.Value, scale: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
+        return _quantized(tape, x, scale)
+
+    return _function(contract.QUANTIZE, build, form, contract.QUANTIZE.optional if form == "static" else ())
 
 
 def _scaled(tape: _Body, form: ExpertsForm, weight: ir.Value, scale: ir.Value) -> ir.Value:
@@ -162,8 +241,7 @@ def _scaled(tape: _Body, form: ExpertsForm, weight: ir.Value, scale: ir.Value) -
     """
     if form.quantization == "group":
         return _group_scaled(tape, weight, scale, tape.const([0, -1, form.group_size]))
-    each_expert = form.layout == "fused" and form.quantization == "channel"
-    shape = [form.experts, 1, -1] if each_expert else [-1, 1] if form.layout == "linear" else [1, -1]
+    shape = [form.experts, 1, -1] if _each_has_scales(form) else [-1, 1] if form.layout == "linear" else [1, -1]
     factor = tape.op("Reshape", [tape.as_float(scale), tape.const(shape)])
     return tape.op("Mul", [tape.as_float(weight), factor])
 
@@ -246,8 +324,10 @@ def dequantize(form: str) -> ir.Function:
     return _function(contract.DEQUANTIZE, build, form)
 
 
-def all_functions(experts: Iterable[ExpertsForm], dequantized: Iterable[str] = ()) -> list[ir.Function]:
-    """The functions of a model whose experts and dequantised Linears are of these forms.
+def all_functions(
+    experts: Iterable[ExpertsForm], dequantized: Iterable[str] = (), quantized: Iterable[str] = ()
+) -> list[ir.Function]:
+    """The functions of a model whose experts, dequantised Linears and quantised inputs of Linears are of these forms.
 
     Raises:
         ValueError: the forms are of several numbers of experts, which ``overload`` would not always tell apart.
@@ -256,4 +336,7 @@ def all_functions(experts: Iterable[ExpertsForm], dequantized: Iterable[str] = (
     if len({form.experts for form in forms}) > 1:
         raise ValueError(f"the experts of one model come in the forms {', '.join(map(str, forms))}")
     moe = [moe_routing(), *(moe_experts(*form) for form in forms), moe_scatter_add()] if forms else []
-    return [*moe, cached_attention(), *(dequantize(form) for form in sorted(set(dequantized)))]
+    linears = [dequantize(form) for form in sorted(set(dequantized))] + [
+        quantize(form) for form in sorted(set(quantized))
+    ]
+    return [*moe, cached_attention(), *linears]

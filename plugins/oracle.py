@@ -6,13 +6,14 @@ Written for reading, loop by loop from :mod:`shuntyard.plugins.contract`; shapes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from shuntyard.plugins.contract import ExpertsForm, experts_form
+from shuntyard.plugins.contract import LARGEST_CODE, SMALLEST_AMAX, ExpertsForm, experts_form
 
 Array = NDArray[Any]
 
@@ -64,26 +65,74 @@ def dequantize(weight: Array, scale: Array, group_size: int) -> Array:
     return values * np.repeat(scale.astype(np.float32).reshape(len(values), -1), group_size, axis=1)
 
 
-def _expert(
-    form: ExpertsForm, e: int, weights: Sequence[Array], scales: Sequence[Array], dtype: Any
-) -> tuple[Array, Array, Array]:
-    """Gate, up ``[H, F]`` and down ``[F, H]`` of one expert, rounded to a type and then in fp32."""
+def quantize(x: Array, scale: Array | None) -> tuple[Array, Array]:
+    """e4m3 numbers of ``x [..., in]``, and what a product of them is to be multiplied with, see the contract.
+
+    Returns ``codes f32 [..., in]`` and ``factor f32``: ``[1]`` with a scale, ``[..., 1]`` without.
+
+    Raises:
+        ValueError: the scale has more elements than one.
+    """
+    wide = x.astype(np.float32)
+    if scale is None:
+        numbers = np.where(np.isnan(wide), np.float32(0), np.abs(wide))
+        largest = np.maximum(numbers.max(axis=-1, keepdims=True), np.float32(SMALLEST_AMAX))
+        factor = largest / np.float32(LARGEST_CODE)
+    elif scale.size == 1:
+        factor = scale.astype(np.float32).reshape(1)
+    else:
+        raise ValueError(f"a scale of {scale.size} elements, must have 1")
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        quotient = np.clip(wide / factor, -LARGEST_CODE, LARGEST_CODE)
+        return quotient.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), factor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one product of one expert takes."""
+
+    weight: Array  # f32 [in, out], ready to multiply with; e4m3 numbers if activations are quantised
+    weight_scale: Array | None  # f32 [1] or [out], what the product is then multiplied with
+    activation_scale: Array | None  # of 1 element
+
+    def product(self, form: ExpertsForm, rows: Array) -> Array:
+        """``rows [.., in]`` -> ``[.., out]``, both of x's type."""
+        if form.activations == "none":
+            return (rows.astype(np.float32) @ self.weight).astype(rows.dtype)
+        assert self.weight_scale is not None
+        codes, factor = quantize(rows, self.activation_scale)
+        return (codes @ self.weight * factor * self.weight_scale).astype(rows.dtype)
+
+
+def _expert(form: ExpertsForm, e: int, lists: Sequence[Sequence[Array]], dtype: Any) -> tuple[_Part, _Part, _Part]:
+    """Gate, up ``[H, F]`` and down ``[F, H]`` of one expert; plain weights are rounded to a type."""
+    weights, scales, activation_scales = lists
     parts = []
     for part in range(len(form.parts)):
+        i = part if form.layout == "fused" else part * form.experts + e
+        weight, scale = weights[i], scales[i] if scales else None
         if form.layout == "fused":
-            weight, scale = weights[part][e], scales[part] if scales else None
+            weight = weight[e]
             if scale is not None and scale.size > 1:
                 scale = scale.reshape(form.experts, -1)[e]
-        else:
-            i = part * form.experts + e
-            weight, scale = weights[i], scales[i] if scales else None
         if form.layout != "linear":
             weight = weight.T  # to [out, in]
-        if scale is not None:
-            weight = dequantize(weight, scale, form.group_size)
-        parts.append(weight.astype(dtype).astype(np.float32).T)
+        if form.activations != "none":
+            assert scale is not None
+            weight, scale = weight.astype(np.float32), scale.astype(np.float32).reshape(-1)
+        elif scale is not None:
+            weight, scale = dequantize(weight, scale, form.group_size), None
+        if form.activations == "none":
+            weight = weight.astype(dtype).astype(np.float32)
+        parts.append(_Part(weight.T, scale, activation_scales[i] if activation_scales else None))
     if form.layout != "linear":
-        parts[:1] = np.split(parts[0], 2, axis=1)
+        both = parts[0]
+        scale = both.weight_scale
+        halves = [scale, scale] if scale is None or scale.size == 1 else np.split(scale, 2)
+        parts[:1] = [
+            _Part(weight, own, both.activation_scale)
+            for weight, own in zip(np.split(both.weight, 2, axis=1), halves, strict=True)
+        ]
     gate, up, down = parts
     return gate, up, down
 
@@ -95,28 +144,31 @@ def moe_experts(
     permutation: Array,
     weights: Sequence[Array],
     scales: Sequence[Array],
+    activation_scales: Sequence[Array],
     top_k: int,
     experts: int,
     layout: str,
     group_size: int,
+    activations: str,
 ) -> Array:
     """Grouped SwiGLU, see the contract. Returns ``rows [T*K, H]`` of x's type.
 
     Raises:
         ValueError: the shapes of weights and scales are in no form that the contract knows.
     """
-    shapes = ([array.shape for array in arrays] for arrays in (weights, scales))
-    form = experts_form(experts, layout, group_size, x.shape[1], *shapes)
+    lists = (weights, scales, activation_scales)
+    of_weights, of_scales, given = ([array.shape for array in arrays] for arrays in lists)
+    form = experts_form(experts, layout, group_size, x.shape[1], of_weights, of_scales, given, activations)
     dtype = x.dtype
     rows = np.zeros((len(permutation), x.shape[1]), dtype)
     for e in range(experts):
         own = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
         tokens = permutation[own] // top_k
-        gate, up, down = _expert(form, e, weights, scales, dtype)
-        scaled = (x[tokens].astype(np.float32) * scores[own, None]).astype(dtype).astype(np.float32)
-        gated, raised = ((scaled @ w).astype(dtype).astype(np.float32) for w in (gate, up))
-        hidden = (gated * _sigmoid(gated) * raised).astype(dtype).astype(np.float32)
-        rows[own] = (hidden @ down).astype(dtype)
+        gate, up, down = _expert(form, e, lists, dtype)
+        scaled = (x[tokens].astype(np.float32) * scores[own, None]).astype(dtype)
+        gated, raised = (part.product(form, scaled).astype(np.float32) for part in (gate, up))
+        hidden = (gated * _sigmoid(gated) * raised).astype(dtype)
+        rows[own] = down.product(form, hidden)
     return rows
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shuntyard.plugins.contract import ExpertsForm, experts_form
+from shuntyard.plugins.contract import LARGEST_CODE, SMALLEST_AMAX, ExpertsForm, experts_form
 
 
 @torch.library.custom_op("shuntyard::moe_routing", mutates_args=())
@@ -57,10 +58,15 @@ def _dequantized(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     return (_unpacked(weight).view(*factors.shape[:2], group_size) * factors).flatten(1)
 
 
-def _check_types(weights: Sequence[Tensor], scales: Sequence[Tensor], group_size: int) -> None:
-    floats = {torch.float32, torch.float16, torch.bfloat16}
-    allowed = {torch.int32} if group_size else {torch.float8_e4m3fn} if scales else floats
-    for what, tensors, types in (("weights", weights, allowed), ("scales", scales, floats)):
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def _check_types(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], group_size: int, activation_scales: Sequence[Tensor] = ()
+) -> None:
+    allowed = {torch.int32} if group_size else {torch.float8_e4m3fn} if scales else _FLOATS
+    lists = (("weights", weights, allowed), ("scales", scales, _FLOATS))
+    for what, tensors, types in (*lists, ("activation scales", activation_scales, _FLOATS)):
         found = {tensor.dtype for tensor in tensors}
         if len(found) > 1 or not found <= types:
             raise ValueError(
@@ -69,35 +75,93 @@ def _check_types(weights: Sequence[Tensor], scales: Sequence[Tensor], group_size
             )
 
 
-def _experts_form(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], experts: int, layout: str, group_size: int
-) -> ExpertsForm:
-    """The form of the weights, whose types and shapes are checked.
+@torch.library.custom_op("shuntyard::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """e4m3 numbers of ``x [..., in]``: ``codes f32 [..., in]``, and ``factor f32 [1]``, or ``[..., 1]`` with no scale.
 
     Raises:
-        ValueError: they are in no form that there is.
+        ValueError: x or scale are not what the contract allows.
     """
-    _check_types(weights, scales, group_size)
-    shapes = ([tuple(tensor.shape) for tensor in tensors] for tensors in (weights, scales))
-    return experts_form(experts, layout, group_size, x.shape[1], *shapes)
+    _check_quantizable(x, scale)
+    return _quantized(x, scale)
 
 
-def _matrices(
-    form: ExpertsForm, e: int, weights: Sequence[Tensor], scales: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
-    """The matrices ``[out, in]`` of one expert, in the order of ``form.parts``, rounded to a type."""
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_quantizable(x, scale)
+    factor = (*x.shape[:-1], 1) if scale is None else (1,)
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(factor, dtype=torch.float32)
+
+
+def _check_quantizable(x: Tensor, scale: Tensor | None) -> None:
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"x is of {x.dtype}, must be of one of {', '.join(sorted(map(str, _FLOATS)))}")
+    if scale is not None and (scale.numel() != 1 or scale.dtype not in _FLOATS):
+        raise ValueError(f"the scale is {list(scale.shape)} of {scale.dtype}, must be one float")
+
+
+def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and factor of checked arguments."""
+    wide = x.float()
+    if scale is None:
+        largest = wide.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1, keepdim=True).clamp(min=SMALLEST_AMAX)
+        factor = largest / torch.full_like(largest, LARGEST_CODE)  # by a number, CUDA would multiply with 1 / 448
+    else:
+        factor = scale.detach().to(torch.float32, copy=True).reshape(1)
+    # Beyond 464 the cast would give NaN.
+    codes = (wide / factor).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn).float()
+    return codes, factor
+
+
+class _Lists(NamedTuple):
+    """The experts' three lists."""
+
+    weights: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    activation_scales: Sequence[Tensor]
+
+    def form(self, x: Tensor, experts: int, layout: str, group_size: int, activations: str) -> ExpertsForm:
+        """The form that they are in; types and shapes are checked.
+
+        Raises:
+            ValueError: they are in no form that there is.
+        """
+        _check_types(self.weights, self.scales, group_size, self.activation_scales)
+        of_weights, of_scales, given = ([tuple(tensor.shape) for tensor in tensors] for tensors in self)
+        return experts_form(experts, layout, group_size, x.shape[1], of_weights, of_scales, given, activations)
+
+
+class _Matrix(NamedTuple):
+    """What one product of one expert takes."""
+
+    weight: Tensor  # [out, in], of x's type; e4m3 numbers in fp32 if activations are quantised
+    weight_scale: Tensor  # f32 [1] or [out]; of meaning only if they are
+    activation_scale: Tensor | None
+
+    def product(self, form: ExpertsForm, rows: Tensor) -> Tensor:
+        """``rows [.., in]`` -> ``[.., out]``, both of x's type."""
+        if form.activations == "none":
+            return rows @ self.weight.T
+        codes, factor = _quantized(rows, self.activation_scale)
+        return (codes @ self.weight.T * factor * self.weight_scale).to(rows.dtype)
+
+
+def _matrices(form: ExpertsForm, e: int, lists: _Lists, dtype: torch.dtype) -> list[_Matrix]:
+    """The matrices of one expert, in the order of ``form.parts``; plain ones are rounded to a type."""
     matrices = []
     for part in range(len(form.parts)):
         i = part if form.layout == "fused" else part * form.experts + e
-        weight = weights[i][e] if form.layout == "fused" else weights[i]
+        weight = lists.weights[i][e] if form.layout == "fused" else lists.weights[i]
         if form.layout != "linear":
             weight = weight.T
-        if scales:
-            scale = scales[i]
-            if form.layout == "fused" and form.quantization == "channel":
-                scale = scale.reshape(form.experts, -1)[e]
-            weight = _dequantized(weight, scale, form.group_size)
-        matrices.append(weight.to(dtype))
+        scale = lists.scales[i] if lists.scales else torch.ones(1)
+        if form.layout == "fused" and form.quantization == "channel":
+            scale = scale.reshape(form.experts, -1)[e]
+        if form.activations != "none":
+            weight, scale = weight.float(), scale.float().reshape(-1)
+        else:
+            weight = (_dequantized(weight, scale, form.group_size) if lists.scales else weight).to(dtype)
+        matrices.append(_Matrix(weight, scale, lists.activation_scales[i] if lists.activation_scales else None))
     return matrices
 
 
@@ -109,17 +173,20 @@ def moe_experts(
     permutation: Tensor,
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
+    activation_scales: Sequence[Tensor],
     top_k: int,
     experts: int,
     layout: str,
     group_size: int,
+    activations: str,
 ) -> Tensor:
     """Grouped SwiGLU over the permuted tokens, scores scaling the input -> ``rows [T*K, H]``.
 
     Raises:
         ValueError: the weights are in no form that the contract knows.
     """
-    form = _experts_form(x, weights, scales, experts, layout, group_size)
+    lists = _Lists(weights, scales, activation_scales)
+    form = lists.form(x, experts, layout, group_size, activations)
     tokens = torch.div(permutation, top_k, rounding_mode="floor")
     scaled = (x[tokens].float() * scores[:, None]).to(x.dtype)
     rows = x.new_empty(len(permutation), x.shape[1])
@@ -127,11 +194,11 @@ def moe_experts(
     for e, (first, end) in enumerate(pairwise(offsets)):
         if first == end:
             continue
-        *into, down = _matrices(form, e, weights, scales, x.dtype)
-        products = [scaled[first:end] @ matrix.T for matrix in into]
+        *into, down = _matrices(form, e, lists, x.dtype)
+        products = [matrix.product(form, scaled[first:end]) for matrix in into]
         gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
         hidden = (functional.silu(gate.float()) * up.float()).to(x.dtype)
-        rows[first:end] = hidden @ down.T
+        rows[first:end] = down.product(form, hidden)
     return rows
 
 
@@ -143,12 +210,14 @@ def _(
     permutation: Tensor,
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
+    activation_scales: Sequence[Tensor],
     top_k: int,
     experts: int,
     layout: str,
     group_size: int,
+    activations: str,
 ) -> Tensor:
-    _experts_form(x, weights, scales, experts, layout, group_size)
+    _Lists(weights, scales, activation_scales).form(x, experts, layout, group_size, activations)
     return x.new_empty(permutation.shape[0], x.shape[1])
 
 

@@ -197,7 +197,9 @@ def test_activations_are_not_quantised() -> None:
     weights = [torch.randn(shape, generator=generator).to(torch.float8_e4m3fn) for shape in shapes]
     scales = [torch.rand(experts, 1, shape[2], generator=generator) / shape[1] ** 0.5 for shape in shapes]
     scores, offsets, permutation = torch.ops.shuntyard.moe_routing(torch.randn(tokens, experts, generator=generator), 1)
-    got = torch.ops.shuntyard.moe_experts(x, scores, offsets, permutation, weights, scales, 1, experts, "fused", 0)
+    got = torch.ops.shuntyard.moe_experts(
+        x, scores, offsets, permutation, weights, scales, [], 1, experts, "fused", 0, "none"
+    )
 
     def quantised(rows: Tensor) -> Tensor:
         scale = rows.abs().amax(-1, keepdim=True) / 448

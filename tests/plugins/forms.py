@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -26,15 +27,21 @@ KINDS = [
     for kind in itertools.product(contract.LAYOUTS, contract.QUANTIZATIONS)
     if kind[1] != "group" or kind[0] == "linear"
 ]
-"""Layout and quantisation of every form."""
+"""Layout and quantisation of every form whose activations are not quantised."""
+
+QUANTISING = list(itertools.product(contract.LAYOUTS, ("tensor", "channel"), contract.QUANTIZE_FORMS))
+"""Layout, quantisation and activations of every other form."""
+
+EVERY_KIND: list[tuple[str, ...]] = [*KINDS, *QUANTISING]
 
 
 class Weights(NamedTuple):
-    """The two lists, as oracle, torch and plugin take them: INT4 packed."""
+    """The three lists, as oracle, torch and plugin take them: INT4 packed."""
 
     form: ExpertsForm
     weights: list[Array]
     scales: list[Array]
+    activation_scales: Sequence[Array] = ()
 
     @property
     def width(self) -> int:
@@ -44,19 +51,27 @@ class Weights(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [*self.form.weight_names, *self.form.scale_names]
+        return [*self.form.weight_names, *self.form.scale_names, *self.form.activation_scale_names]
+
+    @property
+    def lists(self) -> tuple[Sequence[Array], Sequence[Array], Sequence[Array]]:
+        return self.weights, self.scales, self.activation_scales
 
     @property
     def arrays(self) -> list[Array]:
-        return [*self.weights, *self.scales]
+        return list(itertools.chain(*self.lists))
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {"experts": self.form.experts, "layout": self.form.layout, "group_size": self.form.group_size}
+        form = self.form
+        shape = {"experts": form.experts, "layout": form.layout, "group_size": form.group_size}
+        return {**shape, "activations": form.activations}
 
 
-def form_of(kind: tuple[str, str], experts: int, group_size: int = 8) -> ExpertsForm:
-    return ExpertsForm(experts, *kind, group_size if kind[1] == "group" else 0)
+def form_of(kind: tuple[str, ...], experts: int, group_size: int = 8) -> ExpertsForm:
+    """Of layout and quantisation, and of activations if they are quantised."""
+    layout, quantization, *activations = kind
+    return ExpertsForm(experts, layout, quantization, group_size if quantization == "group" else 0, *activations)
 
 
 def fitting(case: dict[str, Any], form: ExpertsForm) -> dict[str, Any]:
@@ -116,10 +131,15 @@ def make_weights(
             "group": (len(weight), -1),
         }
         scales.append(scale.astype(dtype).reshape(shapes[quantization]))
-    return Weights(form, weights, scales)
+    # Some of the rows go beyond what these scales hold, whether they are the inputs or the hidden ones.
+    given = [
+        (rng.uniform(0.5, 2, size=() if flat_scales else 1) / 800).astype(dtype) for _ in form.activation_scale_names
+    ]
+    return Weights(form, weights, scales, given)
 
 
 kinds = st.sampled_from(KINDS)
+quantising = st.sampled_from(QUANTISING)
 group_sizes = st.sampled_from([1, 2, 4, 8, 12, 16, 32])
 
 

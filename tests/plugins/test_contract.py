@@ -11,10 +11,10 @@ import torch
 
 from shuntyard.plugins import contract, functions, torch_ops
 from shuntyard.plugins.contract import ExpertsForm
-from tests.plugins.forms import KINDS, form_of
+from tests.plugins.forms import EVERY_KIND, form_of
 
-FORMS = [form_of(kind, 3) for kind in KINDS]
-BODIES = functions.all_functions(FORMS, functions.DEQUANTIZE_FORMS)
+FORMS = [form_of(kind, 3) for kind in EVERY_KIND]
+BODIES = functions.all_functions(FORMS, functions.DEQUANTIZE_FORMS, contract.QUANTIZE_FORMS)
 OPS = {op.name: op for op in contract.OPS}
 
 
@@ -32,8 +32,13 @@ def samples(op: contract.Op) -> list[tuple[Any, ...]]:
     every: dict[str, list[tuple[Any, ...]]] = {
         contract.ROUTING.name: [(logits, 2)],
         contract.EXPERTS.name: [
-            (*routed, [torch.randn(4, 8, 6), torch.randn(4, 3, 8)], [], 2, 4, "fused", 0),
-            (*routed, [packed.clone() for _ in range(12)], [one_a_group.clone() for _ in range(12)], 2, 4, "linear", 4),
+            (*routed, [torch.randn(4, 8, 6), torch.randn(4, 3, 8)], [], [], 2, 4, "fused", 0, "none"),
+            (
+                *routed,
+                [packed.clone() for _ in range(12)],
+                [one_a_group.clone() for _ in range(12)],
+                *([], 2, 4, "linear", 4, "none"),
+            ),
         ],
         contract.SCATTER_ADD.name: [(torch.randn(6, 8), torch.randn(12, 8), permutation, 2)],
         contract.CACHED_ATTENTION.name: [
@@ -41,6 +46,7 @@ def samples(op: contract.Op) -> list[tuple[Any, ...]]:
         ],
         # opcheck cannot compare FP8 tensors, so INT4.
         contract.DEQUANTIZE.name: [(packed, one_a_group, 4)],
+        contract.QUANTIZE.name: [(torch.randn(6, 8), None), (torch.randn(2, 3, 8).bfloat16(), torch.rand(1))],
     }
     return every[op.name]
 
@@ -48,7 +54,7 @@ def samples(op: contract.Op) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("op", contract.OPS, ids=lambda op: op.name)
 def test_torch_op_has_the_contracts_signature(op: contract.Op) -> None:
     schema = torch_op(op)._schema
-    assert [argument.name for argument in schema.arguments] == [*op.inputs, *op.variadic, *op.attributes]
+    assert [argument.name for argument in schema.arguments] == [*op.inputs, *op.optional, *op.variadic, *op.attributes]
     assert len(schema.returns) == len(op.outputs)
     assert not schema.is_mutable
 
@@ -70,7 +76,10 @@ def test_body_has_the_contracts_signature(body: ir.Function) -> None:
     assert body.domain == contract.DOMAIN
     names = tuple(str(value.name) for value in body.inputs)
     assert names[: len(op.inputs)] == op.inputs
-    assert (len(names) > len(op.inputs)) == bool(op.variadic)
+    if op.variadic:
+        assert len(names) > len(op.inputs)
+    else:
+        assert names[len(op.inputs) :] in ((), op.optional)
     assert len(set(names)) == len(names)
     assert tuple(value.name for value in body.outputs) == op.outputs
     assert tuple(body.attributes) == op.attributes
@@ -108,6 +117,7 @@ def test_a_model_has_the_functions_that_it_uses() -> None:
     assert names([]) == ["CachedAttention:"]
     assert names([ExpertsForm(5)]) == names([ExpertsForm(5)] * 2) == moe
     assert names([], ["tensor", "channel", "tensor"]) == ["CachedAttention:", "Dequantize:channel", "Dequantize:tensor"]
+    assert names([], [], ["static", "dynamic", "static"])[1:] == ["Quantize:dynamic", "Quantize:static"]
     assert names([ExpertsForm(5), ExpertsForm(5, "linear", "group", 64)])[1:3] == [
         "MoeExperts:",
         "MoeExperts:linear_5_group64",
@@ -121,6 +131,9 @@ def test_overloads_are_those_of_the_nodes() -> None:
         assert (body.overload == "") == (form.layout == "fused" and form.quantization == "none")
     assert functions.experts_overload(128, "split", "none", 0) == "split_128"
     assert functions.experts_overload(16, "fused", "channel", 0) == "fused_16_channel"
+    assert functions.experts_overload(16, "fused", "channel", 0, "dynamic") == "fused_16_channel_dynamic"
+    assert functions.experts_overload(16, "linear", "tensor", 0, "static") == "linear_16_tensor_static"
+    assert len({form.overload for form in FORMS}) == len(FORMS)
     with pytest.raises(ValueError, match="the experts of one model come in the forms ExpertsForm.experts=3"):
         functions.all_functions([ExpertsForm(3), ExpertsForm(4)])
 
@@ -134,6 +147,9 @@ def test_overloads_are_those_of_the_nodes() -> None:
         ((2, "fused", "group", 32), "INT4 weights come in layout 'linear' only"),
         ((2, "linear", "group", 0), "group_size is 0 with quantization 'group'"),
         ((2, "linear", "channel", 32), "group_size is 32 with quantization 'channel'"),
+        ((2, "linear", "channel", 0, "each"), "activations is 'each', must be one of none, static, dynamic"),
+        ((2, "linear", "none", 0, "static"), "activations is 'static' with quantization 'none': only FP8"),
+        ((2, "linear", "group", 8, "dynamic"), "activations is 'dynamic' with quantization 'group': only FP8"),
     ],
 )
 def test_forms_that_are_not(form: tuple[Any, ...], message: str) -> None:
@@ -141,3 +157,5 @@ def test_forms_that_are_not(form: tuple[Any, ...], message: str) -> None:
         functions.moe_experts(*form)
     with pytest.raises(ValueError, match="form is 'row', must be one of tensor, channel, group"):
         functions.dequantize("row")
+    with pytest.raises(ValueError, match="form is 'none', must be one of static, dynamic"):
+        functions.quantize("none")

@@ -61,14 +61,14 @@ def activations_of(case: dict[str, Any], compute: str) -> tuple[dict[str, Array]
 
 
 def by_oracle(feeds: dict[str, Array], made: Weights, top_k: int) -> Array:
-    rows: Array = oracle.moe_experts(*feeds.values(), made.weights, made.scales, top_k, **made.attributes)
+    rows: Array = oracle.moe_experts(*feeds.values(), *made.lists, top_k, **made.attributes)
     return rows
 
 
 def by_torch(feeds: dict[str, Array], made: Weights, top_k: int) -> Array:
-    weights, scales = ([to_torch(a) for a in arrays] for arrays in (made.weights, made.scales))
+    lists = ([to_torch(a) for a in arrays] for arrays in made.lists)
     inputs = [to_torch(a) for a in feeds.values()]
-    return to_numpy(torch.ops.shuntyard.moe_experts(*inputs, weights, scales, top_k, **made.attributes))
+    return to_numpy(torch.ops.shuntyard.moe_experts(*inputs, *lists, top_k, **made.attributes))
 
 
 def by_onnxruntime(feeds: dict[str, Array], made: Weights, top_k: int, compute: str) -> Array:
@@ -247,8 +247,8 @@ def test_onnxruntime_folds_the_weights_when_it_loads(form: ExpertsForm, compute:
 def refusals(made: Weights, scales: list[Array], message: str, **attributes: Any) -> None:
     feeds, top_k = activations_of({**ONE_EXPERT, "E": 3, "H": 16, "F": 5, "skew": "even"}, "fp32")
     with pytest.raises(ValueError, match=message):
-        oracle.moe_experts(*feeds.values(), made.weights, scales, top_k, **attributes)
-    tensors = ([to_torch(a) for a in arrays] for arrays in (made.weights, scales))
+        oracle.moe_experts(*feeds.values(), made.weights, scales, made.activation_scales, top_k, **attributes)
+    tensors = ([to_torch(a) for a in arrays] for arrays in (made.weights, scales, made.activation_scales))
     with pytest.raises(ValueError, match=message):
         torch.ops.shuntyard.moe_experts(*map(to_torch, feeds.values()), *tensors, top_k, **attributes)
 
@@ -301,7 +301,7 @@ def test_wrong_types_are_refused() -> None:
         made = make_weights(np.random.default_rng(0), form_of(("linear", quantization), 3), 16, 5)
         weights, scales = spoil([to_torch(a) for a in made.weights], [to_torch(a) for a in made.scales])
         with pytest.raises(ValueError, match=message):
-            torch.ops.shuntyard.moe_experts(*inputs, weights, scales, top_k, **made.attributes)
+            torch.ops.shuntyard.moe_experts(*inputs, weights, scales, [], top_k, **made.attributes)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def moe_with(
         fused = [w["feed_forward.experts.gate_up_proj"], w["feed_forward.experts.down_proj"]]
         given = torch.ones_like(scores) if on_output else scores
         experts = config.num_local_experts
-        found = ops.moe_experts(x, given, offsets, permutation, fused, [], top_k, experts, "fused", 0)
+        found = ops.moe_experts(x, given, offsets, permutation, fused, [], [], top_k, experts, "fused", 0, "none")
         if on_output:
             found = (found.float() * scores[:, None]).to(x.dtype)
         if rows is not None:
