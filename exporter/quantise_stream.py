@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuntyard.exporter.quantise import fp8_codes, fp8_scale, quantise_matrix
+from shuntyard.exporter.quantise_native import native
 from shuntyard.exporter.rewrite_kernels import Scratch, Sources, fill
 from shuntyard.exporter.rewrite_request import Quantize, Target
 from shuntyard.exporter.rewrite_shards import Chunk
@@ -48,7 +49,7 @@ def quantised(chunk: Chunk, sources: Sources, scratch: Scratch) -> Iterator[tupl
     scale_rows = 1 if how.form == "tensor" else chunk.rows
     scales = scratch.array("scales", scale_rows, scale_columns, _STORED[scale.dtype])
     if how.form == "tensor":
-        scales[0, 0] = fp8_scale(np.float32(_largest(chunk, source, sources, scratch)).reshape(1))[0]
+        scales[0, 0] = fp8_scale(_largest(chunk, source, sources, scratch))[0]
     rows = max(1, (TURNED_VALUES if chunk.turned else BAND_VALUES) // chunk.columns)
     for band in chunk.rows_of(rows):
         values = _values(band, source, sources, scratch)
@@ -62,6 +63,9 @@ def quantised(chunk: Chunk, sources: Sources, scratch: Scratch) -> Iterator[tupl
 
 def quantise_rows(values: NDArray[Any], how: Quantize, codes: NDArray[Any], scales: NDArray[Any]) -> None:
     """Quantises bf16 or fp32 ``values [rows, columns]`` into ``codes`` and ``scales``; by tensor, with ``scales``."""
+    if (twin := native()) is not None:
+        twin.quantise_rows(values, how, codes, scales)
+        return
     step = max(1, _TILE_VALUES // values.shape[1])
     for row in range(0, len(values), step):
         w = values[row : row + step].astype(np.float32)
@@ -78,8 +82,8 @@ def _values(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDA
     return fill(replace(chunk, target=plain), sources, scratch).view(_STORED[dtype])
 
 
-def _largest(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> np.float32:
-    """The largest magnitude of a whole matrix."""
+def _largest(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDArray[np.float32]:
+    """The largest magnitude of a whole matrix, ``[1]``."""
     bits, positive = (np.uint16, 0x7FFF) if dtype == "BF16" else (np.uint32, 0x7FFFFFFF)
     largest = 0
     for piece in chunk.blocks:
@@ -92,4 +96,5 @@ def _largest(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> np
             # Of finite numbers, the larger magnitude has the larger bits; two maxima are cheaper than a copy.
             above = int(values.view(np.int16 if dtype == "BF16" else np.int32).max())
             largest = max(largest, above, int(values.view(bits).max()) & positive)
-    return np.array(largest, bits).view(_STORED[dtype]).astype(np.float32)[()]
+    found: NDArray[np.float32] = np.array([largest], bits).view(_STORED[dtype]).astype(np.float32)
+    return found

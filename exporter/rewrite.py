@@ -295,7 +295,8 @@ class _Run:
             _write(descriptor, memoryview(chunk.target.data), chunk.place)
         elif chunk.target.quantize is not None:
             for place, made in quantised(chunk, self._sources, scratch):
-                _write(descriptor, memoryview(made), place)
+                codes: Any = made
+                _write(descriptor, memoryview(codes), place)
         else:
             for band in chunk.bands(WRITE_BYTES):
                 data: Any = fill(band, self._sources, scratch)

@@ -137,8 +137,8 @@ def _plan_shard(name: str, group: list[Target], chunk_bytes: int) -> Shard:
     header = len(text).to_bytes(8, "little") + text
     chunks: list[Chunk] = []
     for target in sorted(group, key=lambda target: places[target.name]):
-        place, *scale_place = (len(header) + places[stored.name] for stored in target.stored)
-        chunks += _cut(target, place, *(scale_place or [0]), chunk_bytes)
+        found = [len(header) + places[stored.name] for stored in target.stored]
+        chunks += _cut(target, found[0], found[-1], chunk_bytes)
     return Shard(name, header, len(header) + reached, tuple(stored.name for stored in ordered), reached, tuple(chunks))
 
 

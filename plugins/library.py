@@ -13,6 +13,9 @@ from shuntyard.errors import EngineError
 
 LIBRARY_NAME = "libshuntyard_plugins.so"
 
+QUANTISE_LIBRARY_NAME = "libshuntyard_quantise.so"
+"""Loops for the processor, which have twins in numpy: an installation without them is slower, and makes the same."""
+
 
 class BuildInfo(BaseModel):
     """What a plugin library was built from. ``cuda`` is nvcc's version, None where there are no kernels in it."""
@@ -61,6 +64,12 @@ def library_path() -> Path:
     if not path.is_file():
         raise EngineError(f"{path}: the plugin library is not there", hint="install shuntyard again")
     return path
+
+
+def quantise_library_path() -> Path | None:
+    """The library of ``plugins/native/quantise`` that was installed with this package, if it was."""
+    path = Path(str(importlib.resources.files("shuntyard.plugins").joinpath(QUANTISE_LIBRARY_NAME)))
+    return path if path.is_file() else None
 
 
 def build_info(path: Path) -> BuildInfo:
