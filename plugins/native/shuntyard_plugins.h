@@ -54,6 +54,13 @@ enum shuntyard_layout {
     SHUNTYARD_LINEAR = 2,  // E times gate [F, H], E times up [F, H], E times down [H, F]
 };
 
+// What becomes of the rows before a product: contract.ACTIVATIONS. Quantised ones need weights of E4M3.
+enum shuntyard_activations {
+    SHUNTYARD_AS_THEY_ARE = 0,  // multiplied as they are
+    SHUNTYARD_STATIC = 1,       // E4M3 numbers; a scale is given for each weight in the list
+    SHUNTYARD_DYNAMIC = 2,      // E4M3 numbers; each row makes its own scale
+};
+
 // What one scale belongs to: contract.QUANTIZATIONS.
 enum shuntyard_scaling {
     SHUNTYARD_UNSCALED = 0,     // weights of FP32, FP16 or BF16
@@ -72,6 +79,9 @@ struct shuntyard_expert_weights {
     int64_t group_size;          // of no meaning but per group
     const void* const* weights;  // 2, 2E or 3E, by the layout
     const void* const* scales;   // as many; of no meaning if unscaled
+    int activations;
+    int activation_scale_type;              // FP32, FP16 or BF16; of no meaning but if static
+    const void* const* activation_scales;  // as many as weights, of 1 element each; of no meaning but if static
 };
 
 enum {
@@ -79,8 +89,12 @@ enum {
 };
 
 // x [T, H], scores f32 [T*K], expert_offsets i32 [E+1], permutation i32 [T*K], weights -> rows [T*K, H] of x's type.
-SHUNTYARD_API size_t shuntyard_moe_experts_workspace(int x_type, int64_t tokens, int64_t top_k, int64_t hidden,
-                                                     int64_t intermediate);
+// The workspace holds these arrays, each padded to a multiple of 256 bytes: scaled inputs [T*K, H] and hidden rows
+// [T*K, F] of x's type; if activations are quantised, the E4M3 codes of both, of 1 byte each; codes of the inputs once
+// more if static, for up (gate and up may have scales of their own); f32 [T*K], the factors, if dynamic. 0 bytes for
+// extents or activations that cannot be.
+SHUNTYARD_API size_t shuntyard_moe_experts_workspace(int x_type, int activations, int64_t tokens, int64_t top_k,
+                                                     int64_t hidden, int64_t intermediate);
 SHUNTYARD_API int shuntyard_moe_experts(int x_type, const struct shuntyard_expert_weights* weights, const void* x,
                                         const float* scores, const int32_t* expert_offsets, const int32_t* permutation,
                                         void* rows, int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,

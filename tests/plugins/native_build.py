@@ -144,11 +144,16 @@ class ExpertWeights(ctypes.Structure):
         ("group_size", ctypes.c_int64),
         ("weights", ctypes.POINTER(ctypes.c_void_p)),
         ("scales", ctypes.POINTER(ctypes.c_void_p)),
+        ("activations", ctypes.c_int),
+        ("activation_scale_type", ctypes.c_int),
+        ("activation_scales", ctypes.POINTER(ctypes.c_void_p)),
     )
 
 
-def expert_weights(made: Weights, weights: Sequence[Fenced], scales: Sequence[Fenced]) -> ExpertWeights:
-    """The struct for weights and scales that lie in such memory"""
+def expert_weights(made: Weights, memories: Sequence[Fenced]) -> ExpertWeights:
+    """The struct for the three lists, one after the other, that lie in such memory."""
+    rest = iter(memories)
+    weights, scales, activation_scales = ([next(rest) for _ in arrays] for arrays in made.lists)
 
     def addresses(memories: Sequence[Fenced]) -> Any:
         return (ctypes.c_void_p * len(memories))(*(memory.address for memory in memories))
@@ -161,6 +166,9 @@ def expert_weights(made: Weights, weights: Sequence[Fenced], scales: Sequence[Fe
         made.form.group_size,
         addresses(weights),
         addresses(scales) if scales else None,
+        contract.ACTIVATIONS.index(made.form.activations),
+        TYPE_CODES[made.activation_scales[0].dtype] if activation_scales else -1,
+        addresses(activation_scales) if activation_scales else None,
     )
 
 
@@ -171,13 +179,14 @@ class Native:
         self.library = ctypes.CDLL(str(path))
         self.library.shuntyard_status_text.restype = ctypes.c_char_p
 
-    def workspace_size(self, name: str, types: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+    def workspace_size(self, name: str, types: tuple[int, ...], sizes: tuple[int, ...], activations: int = 0) -> int:
         """Of a call with these type codes and sizes, in the order of the C function's arguments."""
         query = getattr(self.library, f"shuntyard_{name}_workspace")
         query.restype = ctypes.c_size_t
         if name == "moe_experts":
             tokens, _, top_k, hidden, intermediate = sizes
-            return int(query(ctypes.c_int(types[0]), *map(ctypes.c_int64, (tokens, top_k, hidden, intermediate))))
+            codes = (ctypes.c_int(types[0]), ctypes.c_int(activations))
+            return int(query(*codes, *map(ctypes.c_int64, (tokens, top_k, hidden, intermediate))))
         return int(query(*map(ctypes.c_int64, sizes if name == "moe_routing" else sizes[:2])))
 
     def launch(
@@ -223,9 +232,9 @@ class Native:
         ]
         weights = None
         if made is not None:
-            first, end = len(inputs), len(inputs) + len(made.weights)
-            weights = expert_weights(made, given[first:end], given[end:])
-        size = self.workspace_size(name, types, sizes) - memory.missing
+            weights = expert_weights(made, given[len(inputs) :])
+        activations = 0 if weights is None else weights.activations
+        size = self.workspace_size(name, types, sizes, activations) - memory.missing
         workspace = Fenced(size, memory.fill, memory.at_start)
         status = self.launch(name, types, [*given[: len(inputs)], *results], sizes, workspace, weights)
         for before, after in zip(read, given, strict=True):

@@ -222,6 +222,27 @@ def test_conversions(on_host: Native, name: str, dtype: Any) -> None:
         same_numbers(converted(on_host, f"fp32_to_{name}", values, dtype), values.astype(dtype))
 
 
+def test_fp32_to_e4m3(on_host: Native) -> None:
+    """Every number and midpoint and its neighbours, and many others; clipped as ml_dtypes is not."""
+    every = np.arange(1 << 8, dtype=np.uint8).view(FP8)
+    wide = every.astype(np.float32)
+    same_numbers(converted(on_host, "fp32_to_e4m3", wide, FP8), every)
+    positive = np.sort(wide[wide >= 0]).astype(np.float64)
+    middle = ((positive[1:] + positive[:-1]) / 2).astype(np.float32)
+    rng = np.random.default_rng(0)
+    with np.errstate(invalid="ignore"):
+        values = np.concatenate(
+            [
+                *(middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))),
+                np.asarray([447.99, 448, 448.01, 463.9, 464, 464.1, 480, 512, 1e30, np.inf, np.nan, 1e-45], np.float32),
+                rng.integers(0, 1 << 32, size=1_000_000, dtype=np.uint32).view(np.float32),
+                (rng.normal(size=500_000) * 2.0 ** rng.integers(-14, 10, size=500_000)).astype(np.float32),
+            ]
+        )
+        values = np.concatenate([values, -values])
+        same_numbers(converted(on_host, "fp32_to_e4m3", values, FP8), np.clip(values, -448, 448).astype(FP8))
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
 def test_nan_survives_narrowing(on_host: Native, name: str, dtype: Any) -> None:
     """Also one whose only set bits are below those that are kept: truncation would make it infinite."""

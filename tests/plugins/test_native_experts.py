@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 
 from shuntyard.plugins import contract
 from shuntyard.plugins.contract import ExpertsForm
-from tests.plugins.forms import FORMATS, FP8, KINDS, Array, Weights, form_of, group_sizes, kinds
+from tests.plugins.bounds import bounds_of, check_between, relative_width
+from tests.plugins.forms import (
+    EVERY_KIND,
+    FORMATS,
+    FP8,
+    KINDS,
+    QUANTISING,
+    Array,
+    Weights,
+    form_of,
+    group_sizes,
+    kinds,
+    quantising,
+)
 from tests.plugins.native_build import (
     ALL_FILLS,
     CHUNKS,
@@ -68,6 +81,76 @@ def test_experts_in_every_form(on_host: Native, compute: str, stored: str, kind:
     ONE_OP[compute].check(rows, by_oracle(feeds, made, top_k))
 
 
+@settings(max_examples=120)
+@given(case=cases, kind=quantising, compute=formats, stored=formats, memory=memories)
+@example(case=ONE_SIDED, kind=QUANTISING[0], compute="fp16", stored="bf16", memory=PLAIN)
+@example(case={**CHUNKS, "E": 512}, kind=("linear", "channel", "static"), compute="bf16", stored="bf16", memory=PLAIN)
+def test_experts_with_quantised_activations(
+    on_host: Native, case: dict[str, Any], kind: tuple[str, ...], compute: str, stored: str, memory: Memory
+) -> None:
+    feeds, made, top_k = feeds_of(case, compute, stored, form_of(kind, case["E"]))
+    status, rows = on_host.experts(feeds, made, top_k, memory)
+    assert status == OK
+    check_between(rows, bounds_of(feeds, made, top_k), np.dtype(FORMATS[compute]))
+
+
+@pytest.mark.parametrize(("compute", "stored", "kind"), list(itertools.product(FORMATS, FORMATS, QUANTISING)))
+def test_experts_with_quantised_activations_in_every_form(
+    on_host: Native, compute: str, stored: str, kind: tuple[str, ...]
+) -> None:
+    case = {**CHUNKS, "T": 60, "H": 32, "F": 24}
+    feeds, made, top_k = feeds_of(case, compute, stored, form_of(kind, 5))
+    status, rows = on_host.experts(feeds, made, top_k)
+    assert status == OK
+    bounds = bounds_of(feeds, made, top_k)
+    check_between(rows, bounds, np.dtype(FORMATS[compute]))
+    assert (relative_width(bounds) <= 1e-5).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", QUANTISING)
+def test_quantised_activations_are_the_oracles_bits(on_host: Native, kind: tuple[str, ...]) -> None:
+    """Without sums only exp() is left to differ."""
+    case = {**CHUNKS, "T": 3000, "K": 1, "E": 40, "H": 1, "F": 1, "skew": "even"}
+    feeds, made, _ = feeds_of(case, "bf16", "fp32", form_of(kind, 40))
+    _, rows = on_host.experts(feeds, made, 1)
+    assert (rows == by_oracle(feeds, made, 1)).mean() > 0.99
+
+
+@pytest.mark.parametrize("activations", contract.QUANTIZE_FORMS)
+@pytest.mark.parametrize("spoiled", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_stays_none(on_host: Native, activations: str, spoiled: float) -> None:
+    """NaN in a number's place gives NaN rows; an infinite one what the oracle makes of it."""
+    case = {**CHUNKS, "T": 20, "H": 9, "F": 7}
+    feeds, made, top_k = feeds_of(case, "fp32", "fp32", form_of(("split", "tensor", activations), 5))
+    feeds["x"][7, 4] = spoiled
+    status, rows = on_host.experts(feeds, made, top_k)
+    with np.errstate(invalid="ignore"):
+        expected = by_oracle(feeds, made, top_k)
+    assert status == OK
+    own = feeds["permutation"] // top_k == 7
+    np.testing.assert_array_equal(np.isnan(rows), np.isnan(expected))
+    assert np.isfinite(rows[~own]).all()
+    assert np.isnan(rows[own]).all() == (np.isnan(spoiled) or activations == "dynamic")
+
+
+@pytest.mark.parametrize(("compute", "activations"), list(itertools.product(FORMATS, contract.ACTIVATIONS)))
+def test_workspace_is_what_the_header_says(on_host: Native, compute: str, activations: str) -> None:
+    def padded(nbytes: int) -> int:
+        return -(-nbytes // 256) * 256
+
+    itemsize, code = np.dtype(FORMATS[compute]).itemsize, TYPE_CODES[np.dtype(FORMATS[compute])]
+    for tokens, top_k, hidden, width in [(70, 2, 33, 9), (1, 1, 1, 1), (0, 1, 8, 8), (513, 4, 64, 96)]:
+        rows = tokens * top_k
+        expected = padded(rows * hidden * itemsize) + padded(rows * width * itemsize)
+        if activations != "none":
+            expected += padded(rows * hidden) * (2 if activations == "static" else 1) + padded(rows * width)
+        if activations == "dynamic":
+            expected += padded(rows * 4)
+        extents, number = (tokens, 8, top_k, hidden, width), contract.ACTIVATIONS.index(activations)
+        assert on_host.workspace_size("moe_experts", (code,), extents, number) == expected
+        assert on_host.workspace_size("moe_experts", (code,), extents, 3 if tokens % 2 else -1) == 0
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != "group"])
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_experts_round_where_the_contract_says(on_host: Native, compute: str, kind: tuple[str, str]) -> None:
@@ -97,12 +180,19 @@ def recut(made: Weights, layout: str) -> Weights:
         weights += [weight[e].T if layout == "linear" else weight[e] for e in range(form.experts)]
         if scale is not None:
             scales += [scale[e].reshape(-1) if channels else scale for e in range(form.experts)]
-    return Weights(form, weights, scales)
+    of_parts = list(made.activation_scales)
+    if layout == "linear":
+        of_parts[1:] = made.activation_scales
+    return Weights(form, weights, scales, [scale for scale in of_parts for _ in range(form.experts)])
 
 
-@pytest.mark.parametrize(("quantization", "compute"), list(itertools.product(("none", "tensor", "channel"), FORMATS)))
-def test_layouts_give_the_same_bits(on_host: Native, quantization: str, compute: str) -> None:
-    feeds, fused, top_k = feeds_of({**CHUNKS, "H": 9}, compute, "bf16", ExpertsForm(5, "fused", quantization))
+FUSED_KINDS = [kind[1:] for kind in EVERY_KIND if kind[0] == "fused"]
+
+
+@pytest.mark.parametrize(("kind", "compute"), list(itertools.product(FUSED_KINDS, FORMATS)))
+def test_layouts_give_the_same_bits(on_host: Native, kind: tuple[str, ...], compute: str) -> None:
+    quantization = kind[0]
+    feeds, fused, top_k = feeds_of({**CHUNKS, "H": 9}, compute, "bf16", form_of(("fused", *kind), 5))
     fused.scales[:] = [scale.reshape(-1 if quantization == "tensor" else (5, 1, -1)) for scale in fused.scales]
     expected = on_host.experts(feeds, fused, top_k)[1]
     for layout in contract.LAYOUTS:
@@ -111,8 +201,8 @@ def test_layouts_give_the_same_bits(on_host: Native, quantization: str, compute:
         np.testing.assert_array_equal(rows, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_do_not_depend_on_the_tile_they_fall_into(on_host: Native, kind: tuple[str, str]) -> None:
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_rows_do_not_depend_on_the_tile_they_fall_into(on_host: Native, kind: tuple[str, ...]) -> None:
     """One expert's rows, 1 to 17 at a time: each row has the bits that it has alone."""
     case = {**CHUNKS, "T": 17, "E": 1, "K": 1, "H": 9, "F": 7}
     all_feeds, made, _ = feeds_of(case, "fp32", "fp32", form_of(kind, 1))
@@ -135,7 +225,7 @@ def test_rows_do_not_depend_on_the_tile_they_fall_into(on_host: Native, kind: tu
     experts=st.sampled_from([3, 4, 9]),
     order=st.booleans(),
     at_start=st.booleans(),
-    kind=kinds,
+    kind=st.sampled_from(EVERY_KIND),
 )
 def test_experts_with_broken_indices(
     on_host: Native,
@@ -145,7 +235,7 @@ def test_experts_with_broken_indices(
     experts: int,
     order: bool,
     at_start: bool,
-    kind: tuple[str, str],
+    kind: tuple[str, ...],
 ) -> None:
     """Each row is NaN, or what an expert that claims it makes of it; whatever memory held before."""
     rng = np.random.default_rng(seed)
@@ -189,15 +279,14 @@ WIDEST = 65535 * 128  # columns, by the limit of CUDA's grids
 def launch(on_host: Native, x_type: int, extents: tuple[int, ...], weights: ExpertWeights) -> int:
     """On tensors that have no bytes: what is refused must be refused before anything is touched."""
     tensors = [Fenced(0) for _ in range(5)]
-    assert on_host.workspace_size("moe_experts", (x_type,), extents) <= 1 << 16
+    assert on_host.workspace_size("moe_experts", (x_type,), extents, weights.activations) <= 1 << 16
     return on_host.launch("moe_experts", (x_type,), tensors, extents, Fenced(1 << 16), weights)
 
 
 def untouchable(form: ExpertsForm, weight: Any = np.float32, scale: Any = np.float32) -> ExpertWeights:
-    count = len(form.weight_names)
-    weights, scales = ([np.zeros(0, dtype)] * n for dtype, n in ((weight, count), (scale, len(form.scale_names))))
-    memories = [[Fenced(0) for _ in arrays] for arrays in (weights, scales)]
-    return expert_weights(Weights(form, weights, scales), *memories)
+    counts = ((weight, form.weight_names), (scale, form.scale_names), (scale, form.activation_scale_names))
+    made = Weights(form, *([np.zeros(0, dtype)] * len(names) for dtype, names in counts))
+    return expert_weights(made, [Fenced(0) for _ in made.arrays])
 
 
 @pytest.mark.parametrize(
@@ -235,11 +324,21 @@ def test_invalid_weights(on_host: Native, tokens: int) -> None:
         *[changed(untouchable(group, np.int32), layout=layout) for layout in (0, 1)],
         changed(untouchable(group, np.int32), type=TYPE_CODES[np.dtype(FP8)]),
     ]
+    static, dynamic = (ExpertsForm(4, "linear", "tensor", 0, activations) for activations in contract.QUANTIZE_FORMS)
+    refused += [
+        *[changed(untouchable(channel, FP8), activations=value) for value in (-1, 3)],
+        *[changed(untouchable(plain), activations=value) for value in (1, 2)],
+        *[changed(untouchable(group, np.int32), activations=value) for value in (1, 2)],
+        *[changed(untouchable(static, FP8), activation_scale_type=type_) for type_ in (-1, 3, 4)],
+        changed(untouchable(static, FP8), activation_scales=None),
+        changed(untouchable(dynamic, FP8), type=1),
+    ]
     for weights in refused:
         assert launch(on_host, 0, extents, weights) == INVALID_ARGUMENT
     for x_type in (-1, 3, 4):
         assert launch(on_host, x_type, extents, untouchable(plain)) == INVALID_ARGUMENT
     odd = untouchable(group._replace(group_size=4), np.int32)
     assert launch(on_host, 0, (tokens, 4, 1, 16, 36), odd) == INVALID_ARGUMENT  # 36 is no multiple of 8
-    accepted = [untouchable(plain), untouchable(channel, FP8), untouchable(group, np.int32)]
-    assert [launch(on_host, 0, (0, *extents[1:]), weights) for weights in accepted] == [OK] * 3
+    accepted = [untouchable(plain), untouchable(group, np.int32)]
+    accepted += [untouchable(form, FP8) for form in (channel, static, dynamic)]
+    assert [launch(on_host, 0, (0, *extents[1:]), weights) for weights in accepted] == [OK] * 5

@@ -227,6 +227,11 @@ def test_layouts_in_the_table_are_the_contracts(layout: str) -> None:
 def test_numbers_of_the_c_interface_are_the_contracts() -> None:
     header = (NATIVE / "shuntyard_plugins.h").read_text()
     names = ("UNSCALED", "PER_TENSOR", "PER_CHANNEL", "PER_GROUP")
+    rows = ("AS_THEY_ARE", "STATIC", "DYNAMIC")
+    for activations, name in zip(contract.ACTIVATIONS, rows, strict=True):
+        assert re.search(rf"SHUNTYARD_{name} = {contract.ACTIVATIONS.index(activations)},", header), name
+        code = f'{{"{activations}", SHUNTYARD_{name}}}'
+        assert code in OP_TABLE
     for quantization, name in zip(contract.QUANTIZATIONS, names, strict=True):
         assert re.search(rf"SHUNTYARD_{name} = {contract.QUANTIZATIONS.index(quantization)},", header), name
 

@@ -20,14 +20,15 @@ from shuntyard.plugins import contract
 from shuntyard.plugins.contract import DOMAIN, ExpertsForm
 from shuntyard.plugins.functions import OPSET
 from shuntyard.plugins.library import library_path
-from tests.plugins.forms import KINDS, Weights, form_of, make_weights, to_onnx
+from tests.plugins.forms import EVERY_KIND, Weights, form_of, make_weights, to_onnx
 from tests.plugins.test_faces import IR
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
 
 HIDDEN, WIDTH, TOP_K = 64, 48, 2
-FORMS = [form_of(kind, 3, 16) for kind in KINDS]
+FORMS = [form_of(kind, 3, 16) for kind in EVERY_KIND]
 MAVERICK = [form_of(("linear", "channel"), 128), form_of(("linear", "group"), 128, 16)]  # 4 + 2 * 3 * 128 inputs
+MAVERICK += [form_of(("linear", "channel", "static"), 128)]  # and 3 * 128
 STORED = "bf16"
 
 
@@ -43,7 +44,8 @@ class Graph:
     @property
     def name(self) -> str:
         form = self.made.form
-        return f"{form.layout}_{form.experts}_{form.quantization}_{self.compute}_{self.leave_out}{''.join(self.spoil)}"
+        kind = f"{form.layout}_{form.experts}_{form.quantization}_{form.activations}"
+        return f"{kind}_{self.compute}_{self.leave_out}{''.join(self.spoil)}"
 
     @property
     def shapes(self) -> dict[str, list[list[int]]]:
@@ -84,15 +86,18 @@ def weights_of(form: ExpertsForm) -> Weights:
 
 BUILT = [Graph(weights_of(form), compute) for form in FORMS for compute in ("bf16", "fp32")]
 BUILT += [Graph(weights_of(form)) for form in MAVERICK]
-SHORT = Graph(weights_of(FORMS[-1]), leave_out=1)
-SILENT = Graph(weights_of(FORMS[-1]), spoil=("layout",))
+SHORT = Graph(weights_of(form_of(("linear", "group"), 3, 16)), leave_out=1)
+SILENT = Graph(weights_of(form_of(("linear", "group"), 3, 16)), spoil=("layout",))
+UNSCALED = Graph(weights_of(form_of(("split", "tensor", "static"), 3)), leave_out=6)
+MUTE = Graph(weights_of(form_of(("split", "tensor", "static"), 3)), spoil=("activations",))
+REFUSED = (SHORT, SILENT, UNSCALED, MUTE)
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The builder's log of every graph, by name; all are built in one child process."""
     directory = tmp_path_factory.mktemp("builds")
-    graphs = {str(directory / graph.name): graph for graph in (*BUILT, SHORT, SILENT)}
+    graphs = {str(directory / graph.name): graph for graph in (*BUILT, *REFUSED)}
     for path, graph in graphs.items():
         Path(path).write_bytes(graph.proto())
     job = {"library": str(library_path()), "graphs": {path: graph.shapes for path, graph in graphs.items()}}
@@ -121,7 +126,9 @@ def test_builds(logs: dict[str, str], graph: Graph) -> None:
     layer = experts_layer(log)
     assert layer.inputs == [graph.compute, "fp32", "int32", "int32"]
     stored = {"none": STORED, "tensor": "fp8", "channel": "fp8", "group": "int32"}[made.form.quantization]
-    assert sorted(layer.constants) == sorted([stored] * len(made.weights) + [STORED] * len(made.scales))
+    assert sorted(layer.constants) == sorted(
+        [stored] * len(made.weights) + [STORED] * len(made.names[len(made.weights) :])
+    )
     # The plan holds the weights once, as they are: beside them, some kilobytes and the names of the inputs.
     size = int(re.findall(r"^PLAN (-?\d+)$", log, re.M)[-1])
     nbytes = sum(array.nbytes for array in made.arrays)
@@ -132,4 +139,6 @@ def test_says_what_it_refuses(logs: dict[str, str]) -> None:
     count = len(SHORT.made.arrays) + 4
     assert f"ShuntyardMoeExperts: takes {count} inputs and gives 1, not {count - 1} and 1" in logs[SHORT.name]
     assert "ShuntyardMoeExperts 'ShuntyardMoeExperts': attribute layout is missing" in logs[SILENT.name]
-    assert all(logs[graph.name].endswith("PLAN -1") for graph in (SHORT, SILENT))
+    assert "ShuntyardMoeExperts: takes 22 inputs and gives 1, not 16 and 1" in logs[UNSCALED.name]
+    assert "ShuntyardMoeExperts 'ShuntyardMoeExperts': attribute activations is missing" in logs[MUTE.name]
+    assert all(logs[graph.name].endswith("PLAN -1") for graph in REFUSED)

@@ -73,17 +73,21 @@ std::string take_integer(const PluginFieldCollection* fields, const char* name, 
     return {};
 }
 
-std::string take_layout(const PluginFieldCollection* fields, const Layout*& layout) {
-    const PluginField* field = find_field(fields, "layout");
+// Takes what the text `name` stands for from the fields; returns what is wrong, or an empty string.
+template <typename Named>
+std::string take_named(const PluginFieldCollection* fields, const char* name, const Named* (*find)(const std::string&),
+                       const char* choices, const Named*& found) {
+    const std::string attribute = std::string("attribute ") + name;
+    const PluginField* field = find_field(fields, name);
     if (field == nullptr) {
-        return "attribute layout is missing";
+        return attribute + " is missing";
     }
-    const std::optional<std::string> name = text_of(*field);
-    if (!name) {
-        return "attribute layout must be a string";
+    const std::optional<std::string> text = text_of(*field);
+    if (!text) {
+        return attribute + " must be a string";
     }
-    layout = find_layout(*name);
-    return layout != nullptr ? "" : "attribute layout is '" + *name + "', must be fused, split or linear";
+    found = find(*text);
+    return found != nullptr ? "" : attribute + " is '" + *text + "', must be " + choices;
 }
 
 std::string take_attributes(const Op& op, const PluginFieldCollection* fields, Attributes& attributes) {
@@ -95,13 +99,20 @@ std::string take_attributes(const Op& op, const PluginFieldCollection* fields, A
         wrong = take_integer(fields, "experts", {1, SHUNTYARD_MAX_EXPERTS}, attributes.experts);
     }
     if (wrong.empty()) {
-        wrong = take_layout(fields, attributes.layout);
+        wrong = take_named(fields, "layout", find_layout, "fused, split or linear", attributes.layout);
     }
     if (wrong.empty()) {
         wrong = take_integer(fields, "group_size", {0, INT_MAX}, attributes.group_size);
     }
     if (wrong.empty() && attributes.group_size > 0 && attributes.layout->packed.empty()) {
         wrong = std::string("there is a group_size, but INT4 weights cannot come in layout ") + attributes.layout->name;
+    }
+    if (wrong.empty()) {
+        wrong = take_named(fields, "activations", find_activations, "none, static or dynamic", attributes.activations);
+    }
+    if (wrong.empty() && attributes.group_size > 0 && attributes.activations->code != SHUNTYARD_AS_THEY_ARE) {
+        wrong = std::string("there is a group_size, but only FP8 weights take activations that are ") +
+                attributes.activations->name;
     }
     return wrong;
 }

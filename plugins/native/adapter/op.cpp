@@ -22,7 +22,7 @@ const char* describe(Extent extent) {
     return "?";
 }
 
-size_t routing_workspace(const Sizes& s, DataType) {
+size_t routing_workspace(const Sizes& s, DataType, int) {
     return shuntyard_moe_routing_workspace(s[Extent::kTokens], s[Extent::kExperts], s.top_k);
 }
 
@@ -33,9 +33,9 @@ int launch_routing(const Sizes& s, DataType, const shuntyard_expert_weights&, co
                                  s[Extent::kExperts], s.top_k, workspace, workspace_size, stream);
 }
 
-size_t experts_workspace(const Sizes& s, DataType x_type) {
-    return shuntyard_moe_experts_workspace(type_code(x_type), s[Extent::kTokens], s.top_k, s[Extent::kHidden],
-                                           s[Extent::kIntermediate]);
+size_t experts_workspace(const Sizes& s, DataType x_type, int activations) {
+    return shuntyard_moe_experts_workspace(type_code(x_type), activations, s[Extent::kTokens], s.top_k,
+                                           s[Extent::kHidden], s[Extent::kIntermediate]);
 }
 
 int launch_experts(const Sizes& s, DataType x_type, const shuntyard_expert_weights& weights, const void* const* in,
@@ -46,7 +46,7 @@ int launch_experts(const Sizes& s, DataType x_type, const shuntyard_expert_weigh
                                  s[Extent::kIntermediate], workspace, workspace_size, stream);
 }
 
-size_t scatter_add_workspace(const Sizes& s, DataType) {
+size_t scatter_add_workspace(const Sizes& s, DataType, int) {
     return shuntyard_moe_scatter_add_workspace(s[Extent::kTokens], s.top_k);
 }
 
@@ -101,7 +101,7 @@ const Op kExperts{
      {"expert_offsets", ElementType::kInt32, {Extent::kOffsets}},
      {"permutation", ElementType::kInt32, {Extent::kRows}}},
     {{"rows", ElementType::kActivation, {Extent::kRows, Extent::kHidden}}},
-    {"top_k", "experts", "layout", "group_size"},
+    {"top_k", "experts", "layout", "group_size", "activations"},
     true,
     experts_workspace,
     launch_experts,
@@ -146,6 +146,20 @@ const Layout* find_layout(const std::string& name) {
     for (const Layout& layout : layouts) {
         if (name == layout.name) {
             return &layout;
+        }
+    }
+    return nullptr;
+}
+
+const Activations* find_activations(const std::string& name) {
+    static const Activations all[] = {
+        {"none", SHUNTYARD_AS_THEY_ARE},
+        {"static", SHUNTYARD_STATIC},
+        {"dynamic", SHUNTYARD_DYNAMIC},
+    };
+    for (const Activations& activations : all) {
+        if (name == activations.name) {
+            return &activations;
         }
     }
     return nullptr;

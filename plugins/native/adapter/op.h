@@ -36,6 +36,7 @@ enum class ElementType {
     kActivation,  // fp32, fp16 or bf16; one type for all such tensors of an op
     kWeight,      // one type for all such tensors of an op; which, follows from scales and attributes
     kScale,       // fp32, fp16 or bf16; one type for all such tensors of an op
+    kActivationScale,  // as kScale, and of 1 element
 };
 
 struct Tensor {
@@ -56,11 +57,11 @@ struct Sizes {
 
 struct Op {
     const char* name;
-    std::vector<Tensor> inputs;  // the fixed ones, before the experts' weights and scales
+    std::vector<Tensor> inputs;  // the fixed ones, before the experts' weights, scales and scales of activations
     std::vector<Tensor> outputs;
     std::vector<const char*> attributes;
     bool has_weights;
-    size_t (*workspace)(const Sizes& sizes, nvinfer1::DataType x_type);
+    size_t (*workspace)(const Sizes& sizes, nvinfer1::DataType x_type, int activations);
     int (*launch)(const Sizes& sizes, nvinfer1::DataType x_type, const shuntyard_expert_weights& weights,
                   const void* const* inputs, void* const* outputs, void* workspace, size_t workspace_size,
                   void* stream);
@@ -83,6 +84,15 @@ struct Layout {
 
 // The layout called so, or null.
 const Layout* find_layout(const std::string& name);
+
+// What becomes of the rows before a product.
+struct Activations {
+    const char* name;
+    int code;  // of shuntyard_activations
+};
+
+// What is called so, or null.
+const Activations* find_activations(const std::string& name);
 
 // The C interface's number of a type that kernels compute in; one that no kernel takes where there is none.
 int type_code(nvinfer1::DataType type);

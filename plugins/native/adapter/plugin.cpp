@@ -50,18 +50,26 @@ void agree_on_scales(const Signature& signature, const Desc* in, int32_t nb_inpu
     }
     const bool grouped = signature.attributes().group_size > 0;
     agreed.scaling = grouped ? SHUNTYARD_PER_GROUP : SHUNTYARD_PER_TENSOR;
-    for (int32_t i = signature.first_scale(); !grouped && i < nb_inputs; ++i) {
+    const int32_t end = signature.first_activation_scale();
+    for (int32_t i = signature.first_scale(); !grouped && i < end; ++i) {
         if (elements_of(dims_of(in[i])) != 1) {
             agreed.scaling = SHUNTYARD_PER_CHANNEL;
         }
     }
-    for (int32_t i = signature.first_scale(); i < nb_inputs; ++i) {
+    for (int32_t i = signature.first_scale(); i < end; ++i) {
         const int64_t has = elements_of(dims_of(in[i]));
         const int64_t many = signature.scale_elements(i, agreed.sizes);
         const int64_t must_have = agreed.scaling == SHUNTYARD_PER_TENSOR ? 1 : many;
         if (has != kUnknown && must_have != kUnknown && has != must_have) {
             agreed.wrong = signature.label(i, nb_inputs) + " has " + std::to_string(has) + " elements, must have " +
                            (grouped ? "" : "1 or ") + std::to_string(many) + (grouped ? "" : ", and all scales alike");
+            return;
+        }
+    }
+    for (int32_t i = end; i < nb_inputs; ++i) {
+        const int64_t has = elements_of(dims_of(in[i]));
+        if (has != kUnknown && has != 1) {
+            agreed.wrong = signature.label(i, nb_inputs) + " has " + std::to_string(has) + " elements, must have 1";
             return;
         }
     }
@@ -73,7 +81,7 @@ Agreed agree(const Signature& signature, const Desc* in, int32_t nb_inputs, cons
     const int32_t outputs = out == nullptr ? 0 : static_cast<int32_t>(signature.op().outputs.size());
     for (int32_t i = 0; i < nb_inputs + outputs; ++i) {
         const Tensor& tensor = signature.tensor(i, nb_inputs);
-        if (tensor.type == ElementType::kScale) {
+        if (tensor.type == ElementType::kScale || tensor.type == ElementType::kActivationScale) {
             continue;
         }
         agreed.wrong = bind(tensor, dims_of(i < nb_inputs ? in[i] : out[i - nb_inputs]), agreed.sizes);
@@ -110,8 +118,11 @@ const IDimensionExpr* expression_of(Extent extent, const Op& op, int32_t top_k, 
 }  // namespace
 
 PluginField field_of(const char* name, const Attributes* attributes) {
-    if (std::strcmp(name, "layout") == 0) {
-        const char* text = attributes == nullptr ? nullptr : attributes->layout->name;
+    const bool is_layout = std::strcmp(name, "layout") == 0;
+    if (is_layout || std::strcmp(name, "activations") == 0) {
+        const char* text = attributes == nullptr ? nullptr
+                           : is_layout           ? attributes->layout->name
+                                                 : attributes->activations->name;
         return {name, text, PluginFieldType::kCHAR, text == nullptr ? 1 : static_cast<int32_t>(std::strlen(text) + 1)};
     }
     const int32_t* value = nullptr;
@@ -186,7 +197,8 @@ int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs, D
             case ElementType::kInt32: output_types[i] = DataType::kINT32; break;
             case ElementType::kActivation:
             case ElementType::kWeight:
-            case ElementType::kScale: output_types[i] = input_types[0]; break;  // activations stand first
+            case ElementType::kScale:
+            case ElementType::kActivationScale: output_types[i] = input_types[0]; break;  // activations stand first
         }
     }
     return 0;
@@ -236,7 +248,7 @@ size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nb_in
             largest[shape[d]] = std::max(largest[shape[d]], most.d[d]);
         }
     }
-    return signature_.op().workspace(largest, in[0].desc.type);
+    return signature_.op().workspace(largest, in[0].desc.type, signature_.attributes().activations_code());
 }
 
 int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nb_inputs, PluginTensorDesc const* out,
@@ -253,6 +265,8 @@ int32_t Plugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc con
                         cudaStream_t stream) noexcept {
     const Op& op = signature_.op();
     const int32_t weight = signature_.first_weight(), scale = signature_.first_scale();
+    const int32_t activation_scale = signature_.first_activation_scale();
+    const int activations = signature_.attributes().activations_code();
     const int32_t nb_inputs = op.has_weights ? signature_.inputs_with(input_desc[weight].type) : weight;
     const Agreed agreed = agree(signature_, input_desc, nb_inputs, output_desc);
     if (!agreed.wrong.empty()) {
@@ -267,11 +281,14 @@ int32_t Plugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc con
                    scaled ? type_code(input_desc[scale].type) : 0,
                    signature_.attributes().group_size,
                    inputs + weight,
-                   scaled ? inputs + scale : nullptr};
+                   scaled ? inputs + scale : nullptr,
+                   activations,
+                   activation_scale < nb_inputs ? type_code(input_desc[activation_scale].type) : 0,
+                   activation_scale < nb_inputs ? inputs + activation_scale : nullptr};
     }
     const DataType x_type = input_desc[0].type;
     const int status = op.launch(agreed.sizes, x_type, weights, inputs, outputs, workspace,
-                                 op.workspace(agreed.sizes, x_type), static_cast<void*>(stream));
+                                 op.workspace(agreed.sizes, x_type, activations), static_cast<void*>(stream));
     return status == SHUNTYARD_OK ? 0 : refuse(std::string("does not run: ") + shuntyard_status_text(status));
 }
 

@@ -32,6 +32,7 @@ const char* name_of(DataType type) {
 }
 
 const Tensor kScale{"scale", ElementType::kScale, {}};
+const Tensor kActivationScale{"activation scale", ElementType::kActivationScale, {}};
 
 }  // namespace
 
@@ -40,22 +41,27 @@ Signature::Signature(const Op& op, const Attributes& attributes)
 
 std::string Signature::count_problem(int32_t nb_inputs, int32_t nb_outputs) const {
     const int32_t out = static_cast<int32_t>(op_.outputs.size());
-    const bool may_be_unscaled = attributes_.group_size == 0;
+    const bool may_be_unscaled =
+        attributes_.group_size == 0 && attributes_.activations_code() == SHUNTYARD_AS_THEY_ARE;
     const bool may_be_scaled = weights_ > 0;
     if (nb_outputs == out &&
-        ((may_be_unscaled && nb_inputs == first_scale()) || (may_be_scaled && nb_inputs == first_scale() + weights_))) {
+        ((may_be_unscaled && nb_inputs == first_scale()) || (may_be_scaled && nb_inputs == inputs_with_scales()))) {
         return {};
     }
     std::string in = may_be_unscaled ? std::to_string(first_scale()) : "";
     if (may_be_scaled) {
-        in += (may_be_unscaled ? ", or with scales " : "") + std::to_string(first_scale() + weights_);
+        in += (may_be_unscaled ? ", or with scales " : "") + std::to_string(inputs_with_scales());
     }
     return "takes " + in + " inputs and gives " + std::to_string(out) + ", not " + std::to_string(nb_inputs) + " and " +
            std::to_string(nb_outputs);
 }
 
 int32_t Signature::inputs_with(DataType weight) const {
-    return is_float(weight) ? first_scale() : first_scale() + weights_;
+    return is_float(weight) ? first_scale() : inputs_with_scales();
+}
+
+int32_t Signature::inputs_with_scales() const {
+    return first_activation_scale() + (has_activation_scales() ? weights_ : 0);
 }
 
 size_t Signature::part_of(int32_t index) const {
@@ -70,14 +76,17 @@ const Tensor& Signature::tensor(int32_t index, int32_t nb_inputs) const {
     if (index < first_weight()) {
         return op_.inputs[index];
     }
-    return index < first_scale() ? attributes_.layout->parts_of(attributes_.group_size)[part_of(index)] : kScale;
+    if (index < first_scale()) {
+        return attributes_.layout->parts_of(attributes_.group_size)[part_of(index)];
+    }
+    return index < first_activation_scale() ? kScale : kActivationScale;
 }
 
 std::string Signature::label(int32_t index, int32_t nb_inputs) const {
     if (index < first_weight() || index >= nb_inputs) {
         return tensor(index, nb_inputs).name;
     }
-    std::string text = index < first_scale() ? "" : "scale of ";
+    std::string text = index < first_scale() ? "" : std::string(tensor(index, nb_inputs).name) + " of ";
     text += attributes_.layout->parts[part_of(index)].name;
     if (attributes_.layout->each_expert) {
         text += " of expert " + std::to_string((index - first_weight()) % attributes_.experts);
@@ -90,6 +99,7 @@ int32_t Signature::first_of_kind(int32_t index, int32_t nb_inputs) const {
         case ElementType::kActivation: return 0;  // activations stand first
         case ElementType::kWeight: return first_weight();
         case ElementType::kScale: return first_scale();
+        case ElementType::kActivationScale: return first_activation_scale();
         case ElementType::kFloat32:
         case ElementType::kInt32: break;
     }
@@ -112,7 +122,8 @@ std::string Signature::type_problem(int32_t index, int32_t nb_inputs, DataType t
             }
             [[fallthrough]];
         case ElementType::kActivation:
-        case ElementType::kScale: must_be = is_float(type) ? nullptr : "fp32, fp16 or bf16"; break;
+        case ElementType::kScale:
+        case ElementType::kActivationScale: must_be = is_float(type) ? nullptr : "fp32, fp16 or bf16"; break;
     }
     if (must_be != nullptr) {
         return label(index, nb_inputs) + " is " + name_of(type) + ", must be " + must_be;

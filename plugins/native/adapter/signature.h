@@ -1,7 +1,7 @@
 // An op together with a node's attributes: what each of its tensors is, one by one.
 //
 // The experts op has as many weights as its attributes say, and either no scales or one for each weight, so what an
-// input is depends on how many there are.
+// input is depends on how many there are. Static activations bring another scale for each weight.
 #pragma once
 
 #include <string>
@@ -16,6 +16,10 @@ struct Attributes {
     int32_t experts = 0;
     const Layout* layout = nullptr;
     int32_t group_size = 0;  // 0: the weights are not INT4
+    const Activations* activations = nullptr;
+
+    // Of shuntyard_activations.
+    int activations_code() const { return activations == nullptr ? SHUNTYARD_AS_THEY_ARE : activations->code; }
 };
 
 class Signature {
@@ -44,6 +48,8 @@ class Signature {
     bool is_scaled(int32_t nb_inputs) const { return nb_inputs > first_scale(); }
     int32_t first_weight() const { return static_cast<int32_t>(op_.inputs.size()); }
     int32_t first_scale() const { return first_weight() + weights_; }
+    // Where scales end, if there are any, and those of activations begin.
+    int32_t first_activation_scale() const { return first_scale() + weights_; }
 
     // What is known before any tensor is.
     Sizes unbound() const;
@@ -55,6 +61,9 @@ class Signature {
   private:
     // Which of the layout's parts a weight or a scale belongs to.
     size_t part_of(int32_t index) const;
+    // How many inputs there are with scales.
+    int32_t inputs_with_scales() const;
+    bool has_activation_scales() const { return attributes_.activations_code() == SHUNTYARD_STATIC; }
 
     const Op& op_;
     const Attributes attributes_;

@@ -8,7 +8,7 @@ int shuntyard_moe_routing(const float*, float*, int32_t*, int32_t*, int64_t, int
     return SHUNTYARD_NO_KERNELS;
 }
 
-size_t shuntyard_moe_experts_workspace(int, int64_t, int64_t, int64_t, int64_t) { return 0; }
+size_t shuntyard_moe_experts_workspace(int, int, int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 int shuntyard_moe_experts(int, const shuntyard_expert_weights*, const void*, const float*, const int32_t*,
                           const int32_t*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, void*, size_t, void*) {

@@ -33,6 +33,7 @@ void fill_one(Matrices& table, const Place& place, const shuntyard_expert_weight
     table.stride_out = linear ? place.in : 1;
     table.group = from.scaling == SHUNTYARD_PER_GROUP ? from.group_size : place.in;
     table.scale_type = from.scale_type;
+    table.activation_scale_type = from.activation_scale_type;
     table.scale_stride = from.scaling == SHUNTYARD_PER_GROUP     ? place.in / from.group_size
                          : from.scaling == SHUNTYARD_PER_CHANNEL ? 1
                                                                  : 0;
@@ -41,6 +42,8 @@ void fill_one(Matrices& table, const Place& place, const shuntyard_expert_weight
         const int64_t before = stacked ? e * place.in * place.columns : 0;
         table.data[e] = behind(from.weights[weight], from.type, before + place.first_column * table.stride_out);
         table.scales[e] = nullptr;
+        table.activation_scales[e] =
+            from.activations == SHUNTYARD_STATIC ? from.activation_scales[weight] : nullptr;
         if (from.scaling != SHUNTYARD_UNSCALED) {
             const int64_t channel = (stacked ? e * place.columns : 0) + place.first_column;
             table.scales[e] = behind(from.scales[weight], from.scale_type, channel * table.scale_stride);
@@ -48,9 +51,23 @@ void fill_one(Matrices& table, const Place& place, const shuntyard_expert_weight
     }
 }
 
+bool valid_activations(const shuntyard_expert_weights& weights) {
+    switch (weights.activations) {
+        case SHUNTYARD_AS_THEY_ARE: return true;
+        case SHUNTYARD_DYNAMIC: return weights.type == SHUNTYARD_E4M3;
+        case SHUNTYARD_STATIC:
+            return weights.type == SHUNTYARD_E4M3 && valid_type(weights.activation_scale_type) &&
+                   weights.activation_scales != nullptr;
+        default: return false;
+    }
+}
+
 }  // namespace
 
 bool valid_weights(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate) {
+    if (!valid_activations(weights)) {
+        return false;
+    }
     if (weights.layout < SHUNTYARD_FUSED || weights.layout > SHUNTYARD_LINEAR || weights.weights == nullptr) {
         return false;
     }

@@ -1,5 +1,6 @@
 // Number formats as bits. fp16 and bf16, and their conversions to and from fp32: round to nearest, ties to even;
-// subnormals, infinities and NaN kept (a NaN stays one, its payload may not). FP8 and INT4, which are only read.
+// subnormals, infinities and NaN kept (a NaN stays one, its payload may not). FP8, which has no infinities: what is too
+// large becomes its largest number. INT4, which is only read.
 //
 // Written out rather than taken from CUDA's headers, so that host and device share one definition that needs no CUDA.
 // On the device fp16 uses the conversion instructions, which do the same in one step.
@@ -125,6 +126,26 @@ __host__ __device__ inline Half from_float<Half>(float value) {
     const uint32_t rebiased = magnitude - ((127u - 15u) << 23);
     return {static_cast<uint16_t>(sign | (rebiased + 0xfffu + (rebiased >> 13 & 1u)) >> 13)};
 #endif
+}
+
+template <>
+__host__ __device__ inline E4m3 from_float<E4m3>(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t sign = bits >> 24 & 0x80u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return {static_cast<uint8_t>(sign | 0x7fu)};
+    }
+    if (magnitude >= 0x43e00000u) {  // 448, the largest, and above
+        return {static_cast<uint8_t>(sign | 0x7eu)};
+    }
+    if (magnitude < 0x3c800000u) {
+        // Below 2^-6, on a grid of 2^-9: as above, 2^14 being the number whose neighbours are 2^-9 apart.
+        const float lined_up = float_of(magnitude) + 0x1p14f;
+        return {static_cast<uint8_t>(sign | (bits_of(lined_up) - bits_of(0x1p14f)))};
+    }
+    const uint32_t rebiased = magnitude - ((127u - 7u) << 23);
+    return {static_cast<uint8_t>(sign | (rebiased + 0x7ffffu + (rebiased >> 20 & 1u)) >> 20)};
 }
 
 // What a float becomes when it is stored as X.

@@ -46,10 +46,15 @@ inline nvinfer1::IPluginV3OneRuntime* runtime_of(nvinfer1::IPluginV3* plugin) {
         plugin->getCapabilityInterface(nvinfer1::PluginCapabilityType::kRUNTIME));
 }
 
-inline nvinfer1::IPluginV3* create_experts(int64_t top_k, int64_t experts, const char* layout, int64_t group_size) {
+inline nvinfer1::IPluginV3* create_experts(int64_t top_k, int64_t experts, const char* layout, int64_t group_size,
+                                          const char* activations = "none") {
     using Type = nvinfer1::PluginFieldType;
+    const auto text = [](const char* name, const char* value) {
+        return nvinfer1::PluginField{name, value, Type::kCHAR, static_cast<int32_t>(std::strlen(value))};
+    };
     return create("ShuntyardMoeExperts", {{"top_k", &top_k, Type::kINT64, 1},
                                           {"experts", &experts, Type::kINT64, 1},
-                                          {"layout", layout, Type::kCHAR, static_cast<int32_t>(std::strlen(layout))},
-                                          {"group_size", &group_size, Type::kINT64, 1}});
+                                          text("layout", layout),
+                                          {"group_size", &group_size, Type::kINT64, 1},
+                                          text("activations", activations)});
 }

@@ -33,4 +33,5 @@ SHUNTYARD_API void test_int4_to_fp32(const Int4Word* from, float* to, int64_t co
 }
 SHUNTYARD_API void test_fp32_to_fp16(const float* from, Half* to, int64_t count) { narrow(from, to, count); }
 SHUNTYARD_API void test_fp32_to_bf16(const float* from, Bfloat* to, int64_t count) { narrow(from, to, count); }
+SHUNTYARD_API void test_fp32_to_e4m3(const float* from, E4m3* to, int64_t count) { narrow(from, to, count); }
 }

@@ -26,7 +26,8 @@ bool accepts_shapes(IPluginV3* plugin, const Tensors& tensors) {
 
 void experts_attributes() {
     const PluginFieldCollection* names = creator_of("ShuntyardMoeExperts")->getFieldNames();
-    CHECK(names->nbFields == 4);
+    CHECK(names->nbFields == 5);
+    CHECK(std::strcmp(names->fields[4].name, "activations") == 0 && names->fields[4].type == PluginFieldType::kCHAR);
     CHECK(std::strcmp(names->fields[2].name, "layout") == 0 && names->fields[2].type == PluginFieldType::kCHAR);
     CHECK(create_experts(1, 0, "fused", 0) == nullptr);
     CHECK(says("attribute experts is 0, must be at least 1, and at most 512"));
@@ -38,11 +39,16 @@ void experts_attributes() {
     CHECK(says("attribute group_size is -8, must be at least 0"));
     CHECK(create_experts(1, 2, "split", 8) == nullptr);
     CHECK(says("there is a group_size, but INT4 weights cannot come in layout split"));
+    CHECK(create_experts(1, 2, "linear", 0, "each") == nullptr);
+    CHECK(says("attribute activations is 'each', must be none, static or dynamic"));
+    CHECK(create_experts(1, 2, "linear", 8, "dynamic") == nullptr);
+    CHECK(says("there is a group_size, but only FP8 weights take activations that are dynamic"));
     const int64_t one = 1;
     const auto field = [&](const char* name) { return PluginField{name, &one, PluginFieldType::kINT64, 1}; };
     const PluginField with_end{"layout", "linear\0and more", PluginFieldType::kCHAR, 7};
+    const PluginField plain{"activations", "none", PluginFieldType::kCHAR, 5};
     IPluginV3* plugin =
-        create("ShuntyardMoeExperts", {field("top_k"), field("experts"), with_end, field("group_size")});
+        create("ShuntyardMoeExperts", {field("top_k"), field("experts"), with_end, field("group_size"), plain});
     CHECK(plugin != nullptr);
     delete plugin;
     CHECK(create("ShuntyardMoeExperts", {field("top_k")}) == nullptr);
@@ -53,12 +59,20 @@ void experts_attributes() {
     CHECK(says("attribute layout must be a string"));
     CHECK(create("ShuntyardMoeExperts", {field("top_k"), field("experts"), with_end}) == nullptr);
     CHECK(says("attribute group_size is missing"));
+    const PluginField single{"layout", "split", PluginFieldType::kCHAR, 5};
+    const int64_t none = 0;
+    const PluginField ungrouped{"group_size", &none, PluginFieldType::kINT64, 1};
+    CHECK(create("ShuntyardMoeExperts", {field("top_k"), field("experts"), single, ungrouped}) == nullptr);
+    CHECK(says("attribute activations is missing"));
+    CHECK(create("ShuntyardMoeExperts", {field("top_k"), field("experts"), single, ungrouped, field("activations")}) ==
+          nullptr);
+    CHECK(says("attribute activations must be a string"));
 }
 
 void experts_storage() {
-    IPluginV3* plugin = create_experts(3, 200, "linear", 128);
+    IPluginV3* plugin = create_experts(3, 200, "linear", 0, "static");
     const PluginFieldCollection* stored = runtime_of(plugin)->getFieldsToSerialize();
-    CHECK(stored->nbFields == 5);
+    CHECK(stored->nbFields == 6);
     // As an engine does it: the bytes outlive the plugin.
     std::vector<std::string> bytes;
     std::vector<PluginField> fields(stored->fields, stored->fields + stored->nbFields);
@@ -75,19 +89,23 @@ void experts_storage() {
     delete plugin;
     delete again;
     const PluginFieldCollection* kept = runtime_of(attached)->getFieldsToSerialize();
-    const char* const names[] = {"format_version", "top_k", "experts", "layout", "group_size"};
-    const int32_t values[] = {2, 3, 200, 0, 128};
-    for (int32_t i = 0; i < 5; ++i) {
+    const char* const names[] = {"format_version", "top_k", "experts", "layout", "group_size", "activations"};
+    const char* const texts[] = {nullptr, nullptr, nullptr, "linear", nullptr, "static"};
+    const int32_t values[] = {3, 3, 200, 0, 0, 0};
+    for (int32_t i = 0; i < 6; ++i) {
         CHECK(std::strcmp(kept->fields[i].name, names[i]) == 0);
-        CHECK(i == 3 ? std::strcmp(static_cast<const char*>(kept->fields[i].data), "linear") == 0
-                     : *static_cast<const int32_t*>(kept->fields[i].data) == values[i]);
+        CHECK(texts[i] != nullptr ? std::strcmp(static_cast<const char*>(kept->fields[i].data), texts[i]) == 0
+                                  : *static_cast<const int32_t*>(kept->fields[i].data) == values[i]);
     }
     delete attached;
+    IPluginV3* grouped = create_experts(1, 4, "linear", 128);
+    CHECK(*static_cast<const int32_t*>(runtime_of(grouped)->getFieldsToSerialize()->fields[4].data) == 128);
+    delete grouped;
 }
 
 void experts_counts() {
-    const auto refused = [](const char* layout, int64_t group_size, int32_t inputs) {
-        IPluginV3* plugin = create_experts(1, 2, layout, group_size);
+    const auto refused = [](const char* layout, int64_t group_size, int32_t inputs, const char* activations = "none") {
+        IPluginV3* plugin = create_experts(1, 2, layout, group_size, activations);
         std::vector<DataType> types(inputs, kF32);
         DataType out;
         CHECK(build_of(plugin)->getOutputDataTypes(&out, 1, types.data(), inputs) != 0);
@@ -101,6 +119,14 @@ void experts_counts() {
     CHECK(says("takes 10, or with scales 16 inputs and gives 1, not 17 and 1"));
     refused("linear", 8, 10);
     CHECK(says("takes 16 inputs and gives 1, not 10 and 1"));
+    refused("fused", 0, 8, "static");
+    CHECK(says("takes 10 inputs and gives 1, not 8 and 1"));
+    refused("linear", 0, 16, "static");
+    CHECK(says("takes 22 inputs and gives 1, not 16 and 1"));
+    refused("split", 0, 8, "dynamic");
+    CHECK(says("takes 12 inputs and gives 1, not 8 and 1"));
+    refused("split", 0, 16, "dynamic");
+    CHECK(says("takes 12 inputs and gives 1, not 16 and 1"));
 }
 
 // Every combination of types is asked for, position by position, as the builder does.
@@ -167,6 +193,20 @@ void experts_formats() {
     refused(15, DataType::kBF16);
     CHECK(says("scale of down of expert 1 is bf16, must be fp32, as scale of gate of expert 0 is"));
     delete plugin;
+    // Scales of activations are of one type, which need not be that of the weights' scales.
+    plugin = create(forms()[14], 1);
+    tensors = Tensors(forms()[14]);
+    refused(21, DataType::kBF16);
+    CHECK(says("activation scale of down of expert 1 is bf16, must be fp32, as activation scale of gate of expert 0 is"));
+    refused(16, DataType::kINT8);
+    CHECK(says("activation scale of gate of expert 0 is int8, must be fp32, fp16 or bf16"));
+    refused(4, DataType::kBF16);
+    CHECK(says("gate of expert 0 is bf16, must be fp8, since there are scales"));
+    for (int32_t i = 16; i < 22; ++i) {
+        tensors.types[i] = DataType::kBF16;
+    }
+    CHECK(build_of(plugin)->getOutputDataTypes(&out, 1, tensors.types.data(), tensors.inputs) == 0);
+    delete plugin;
 }
 
 void experts_shapes() {
@@ -230,6 +270,8 @@ void experts_shapes() {
     CHECK(says("scale of gate of expert 1 has 23 elements, must have 1 or 24, and all scales alike"));
     refused(forms()[8], 11, 0, 1);
     CHECK(says("scale of gate of expert 1 has 1 elements, must have 1 or 24, and all scales alike"));
+    refused(forms()[14], 16, 0, 2);
+    CHECK(says("activation scale of gate of expert 0 has 2 elements, must have 1"));
     refused(forms()[9], 10, 1, 1);
     CHECK(says("scale of gate of expert 0 has 24 elements, must have 48"));
     refused(forms()[9], 4, 1, 3);

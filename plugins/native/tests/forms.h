@@ -19,6 +19,8 @@ struct Form {
     int64_t group_size;
     DataType type;  // of the weights
     std::vector<Extents> weights, scales;
+    const char* activations = "none";
+    std::vector<Extents> activation_scales = {};
 };
 
 inline std::vector<Extents> twice(std::initializer_list<Extents> parts) {
@@ -45,12 +47,18 @@ inline const std::vector<Form>& forms() {
         {"linear", 0, kFp8, linear, twice({{1}, {1}, {1}})},
         {"linear", 0, kFp8, linear, twice({{24, 1}, {24}, {16, 1}})},
         {"linear", 8, kI32, packed, twice({{24, 2}, {24, 2}, {16, 3}})},
+        {"fused", 0, kFp8, fused, {{}, {}}, "static", {{1}, {}}},
+        {"fused", 0, kFp8, fused, {{2, 1, 48}, {2, 1, 16}}, "dynamic"},
+        {"split", 0, kFp8, split, {{48}, {1, 48}, {16}, {1, 16}}, "static", {{1}, {1, 1}, {}, {1}}},
+        {"split", 0, kFp8, split, {{1}, {1}, {}, {1, 1}}, "dynamic"},
+        {"linear", 0, kFp8, linear, twice({{24, 1}, {24}, {16, 1}}), "static", twice({{1}, {}, {1, 1}})},
+        {"linear", 0, kFp8, linear, twice({{1}, {1}, {1}}), "dynamic"},
     };
     return all;
 }
 
 inline nvinfer1::IPluginV3* create(const Form& form, int64_t top_k) {
-    return create_experts(top_k, 2, form.layout, form.group_size);
+    return create_experts(top_k, 2, form.layout, form.group_size, form.activations);
 }
 
 // Types and extents of all tensors of a call with T = 3, K = 2.
@@ -61,7 +69,7 @@ struct Tensors {
 
     explicit Tensors(const Form& form, DataType scale = kF32)
         : types{kF32, kF32, kI32, kI32}, extents{{3, 16}, {6}, {3}, {6}} {
-        for (const auto* list : {&form.weights, &form.scales}) {
+        for (const auto* list : {&form.weights, &form.scales, &form.activation_scales}) {
             types.insert(types.end(), list->size(), list == &form.weights ? form.type : scale);
             extents.insert(extents.end(), list->begin(), list->end());
         }
