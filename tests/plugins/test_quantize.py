@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from shuntyard.plugins import contract, functions
 from tests.plugins.bounds import bounds_of, check_between, relative_width
 from tests.plugins.forms import (
     FORMATS,
-    FP8,
     QUANTISING,
     Array,
     Weights,
@@ -191,134 +188,6 @@ def test_experts_in_every_form(compute: str, kind: tuple[str, ...]) -> None:
     check_faces(feeds, made, top_k, compute)
     # The bounds leave room for roundings of sums in fp32, nearly everywhere, and for nothing else.
     assert (relative_width(bounds_of(feeds, made, top_k)) <= 1e-5).mean() > 0.9
-
-
-# -- mistakes that the bounds must show, whichever face makes them
-
-
-Product = Callable[..., Array]
-
-
-def _patched(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Array]) -> None:
-    right = oracle._Part.product
-
-    def wrong(part: Any, form: Any, rows: Array) -> Array:
-        return change(right, part, form, rows)
-
-    monkeypatch.setattr(oracle._Part, "product", wrong)
-
-
-def _is_down(part: Any) -> bool:
-    return bool(part.weight.shape == (WIDE["F"], WIDE["H"]))
-
-
-def _weight_scale_twice(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    return right(dataclasses.replace(part, weight_scale=part.weight_scale**2), form, rows)
-
-
-def _factor_twice(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    _, factor = oracle.quantize(rows, part.activation_scale)
-    result: Array = (right(part, form, rows).astype(np.float32) * factor).astype(rows.dtype)
-    return result
-
-
-def _hidden_as_it_is(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    if not _is_down(part):
-        return right(part, form, rows)
-    result: Array = (rows.astype(np.float32) @ part.weight * part.weight_scale).astype(rows.dtype)
-    return result
-
-
-def _not_saturated(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    """What is beyond 448 goes on as if e4m3 had larger numbers."""
-    _, factor = oracle.quantize(rows, part.activation_scale)
-    quotient = rows.astype(np.float32) / factor
-    unlimited = np.where(
-        abs(quotient) > 448, np.round(quotient / 32) * 32, oracle.quantize(rows, part.activation_scale)[0]
-    )
-    result: Array = (unlimited @ part.weight * factor * part.weight_scale).astype(rows.dtype)
-    return result
-
-
-def _nan_beyond(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    _, factor = oracle.quantize(rows, part.activation_scale)
-    with np.errstate(over="ignore"):
-        codes = (rows.astype(np.float32) / factor).astype(FP8).astype(np.float32)
-    result: Array = (codes @ part.weight * factor * part.weight_scale).astype(rows.dtype)
-    return result
-
-
-def _weights_rounded(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    codes, factor = oracle.quantize(rows, part.activation_scale)
-    weight = (part.weight * part.weight_scale).astype(rows.dtype).astype(np.float32)
-    result: Array = (codes @ weight * factor).astype(rows.dtype)
-    return result
-
-
-def _one_factor_for_all_rows(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    codes, factor = oracle.quantize(rows.reshape(1, -1), part.activation_scale)
-    result: Array = (codes.reshape(rows.shape) @ part.weight * factor * part.weight_scale).astype(rows.dtype)
-    return result
-
-
-def _toward_zero(right: Product, part: Any, form: Any, rows: Array) -> Array:
-    codes, factor = oracle.quantize(rows, part.activation_scale)
-    quotient = np.clip(rows.astype(np.float32) / factor, -448, 448)
-    below = np.nextafter(codes.astype(FP8), np.zeros((), FP8)).astype(np.float32)
-    result: Array = (
-        np.where(abs(codes) > abs(quotient), below, codes) @ part.weight * factor * part.weight_scale
-    ).astype(rows.dtype)
-    return result
-
-
-EVERYWHERE = [_weight_scale_twice, _factor_twice, _hidden_as_it_is, _toward_zero]
-MISTAKES = [
-    *((mistake, activations) for mistake in EVERYWHERE for activations in contract.QUANTIZE_FORMS),
-    *((mistake, "static") for mistake in (_not_saturated, _nan_beyond)),
-    (_one_factor_for_all_rows, "dynamic"),
-]
-
-
-@pytest.mark.parametrize(("mistake", "activations"), MISTAKES, ids=lambda v: getattr(v, "__name__", v))
-@pytest.mark.parametrize("compute", FORMATS)
-def test_mistakes_are_out_of_bounds(
-    monkeypatch: pytest.MonkeyPatch, compute: str, mistake: Callable[..., Array], activations: str
-) -> None:
-    """All faces are held to the same bounds, so each mistake is seen in each face."""
-    feeds, top_k = activations_of(WIDE, compute)
-    for layout in contract.LAYOUTS:
-        made = made_for(WIDE, (layout, "tensor", activations), "fp32")
-        bounds, dtype = bounds_of(feeds, made, top_k), np.dtype(FORMATS[compute])
-        check_between(by_oracle(feeds, made, top_k), bounds, dtype)
-        with monkeypatch.context() as patch:
-            _patched(patch, mistake)
-            with pytest.raises(AssertionError, match="out of bounds"):
-                check_between(by_oracle(feeds, made, top_k), bounds, dtype)
-
-
-def test_weights_rounded_before_the_product_are_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 the two differ by roundings of sums alone, so this shows in the narrow formats."""
-    for compute in ("fp16", "bf16"):
-        feeds, top_k = activations_of(WIDE, compute)
-        made = made_for(WIDE, ("linear", "channel", "static"), "fp32")
-        with monkeypatch.context() as patch:
-            _patched(patch, _weights_rounded)
-            with pytest.raises(AssertionError, match="out of bounds"):
-                check_between(by_oracle(feeds, made, top_k), bounds_of(feeds, made, top_k), np.dtype(FORMATS[compute]))
-
-
-def test_gate_and_up_have_their_own_scales() -> None:
-    """In layout linear, where they may differ; the faces are told apart from one that takes gate's for both."""
-    feeds, top_k = activations_of(WIDE, "fp32")
-    made = made_for(WIDE, ("linear", "tensor", "static"), "fp32")
-    experts = made.form.experts
-    given_scales = list(made.activation_scales)
-    same = made._replace(
-        activation_scales=[*given_scales[:experts], *given_scales[:experts], *given_scales[2 * experts :]]
-    )
-    assert any(a != b for a, b in zip(given_scales, same.activation_scales, strict=True))
-    with pytest.raises(AssertionError, match="out of bounds"):
-        check_between(by_oracle(feeds, same, top_k), bounds_of(feeds, made, top_k), np.dtype(np.float32))
 
 
 # -- what a face refuses

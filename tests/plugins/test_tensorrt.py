@@ -1,4 +1,5 @@
-"""TensorRT-RTX takes the experts' plugin with every form of weights, at their own size, and tells what it refuses."""
+"""TensorRT-RTX takes the experts' plugin with every form of weights, at their own size, and tells what it refuses; of a
+product of quantised rows it makes one of FP8."""
 
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.tape import Tape
 
 from shuntyard.engines.layer_table import Layer, parse_tensorrt_log
 from shuntyard.engines.tensorrt_build import _library_search_path
-from shuntyard.plugins import contract
+from shuntyard.plugins import contract, functions
 from shuntyard.plugins.contract import DOMAIN, ExpertsForm
 from shuntyard.plugins.functions import OPSET
 from shuntyard.plugins.library import library_path
-from tests.plugins.forms import EVERY_KIND, Weights, form_of, make_weights, to_onnx
+from tests.plugins.forms import EVERY_KIND, Weights, form_of, fp8, make_weights, to_onnx
 from tests.plugins.test_faces import IR
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
@@ -80,6 +82,58 @@ class Graph:
         return data
 
 
+@dataclass(frozen=True)
+class Product:
+    """One product of quantised rows, as Linears of a model have it: the scales stand behind the product."""
+
+    form: str
+    quantization: str
+    compute: str
+
+    @property
+    def name(self) -> str:
+        return f"product_{self.form}_{self.quantization}_{self.compute}"
+
+    @property
+    def shapes(self) -> dict[str, list[list[int]]]:
+        return {"x": [[1, 2, HIDDEN], [1, 8, HIDDEN], [2, 16, HIDDEN]]}
+
+    def proto(self) -> bytes:
+        rng, tape, dtype = np.random.default_rng(0), Tape(), IR[self.compute]
+        x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["batch", "tokens", HIDDEN]))
+        weight = to_onnx("weight", fp8(rng, (WIDTH, HIDDEN)), as_int4=False)
+        sizes = {"tensor": (1,), "channel": (1, WIDTH)}[self.quantization]
+        scale = to_onnx("scale", rng.uniform(0.5, 2, size=sizes).astype(np.float32), as_int4=False)
+        given = [to_onnx("given", np.asarray([0.01], np.float32), as_int4=False)] if self.form == "static" else []
+        body = functions.quantize(self.form)
+        quantize = ir.Node(DOMAIN, contract.QUANTIZE.name, [x, *given], overload=body.overload, num_outputs=2)
+        codes, factor = quantize.outputs
+        codes.name, factor.name = "codes", "factor"
+        one = tape.op("Constant", [], {"value": ir.tensor(np.asarray(1, np.float32))})
+        values = tape.op("Transpose", [tape.op("DequantizeLinear", [weight, one])], {"perm": [1, 0]})
+        summed = tape.op("MatMul", [codes, values], name="product")
+        scaled = tape.op("Mul", [tape.op("Mul", [summed, factor]), scale])
+        y = tape.op("Cast", [scaled], {"to": dtype})
+        for i, node in enumerate(tape.nodes):
+            node.outputs[0].name = f"v{i}"
+        y.name, y.type, y.shape = "y", ir.TensorType(dtype), ir.Shape(["batch", "tokens", WIDTH])
+        imports = {"": OPSET, DOMAIN: contract.DOMAIN_VERSION}
+        constants = [weight, scale, *given]
+        graph = ir.Graph(
+            [x], [y], nodes=[quantize, *tape.nodes], initializers=constants, opset_imports=imports, name="product"
+        )
+        data: bytes = ir.to_proto(ir.Model(graph, ir_version=11, functions=[body])).SerializeToString()
+        return data
+
+
+PRODUCTS = [
+    Product(form, quantization, compute)
+    for form in contract.QUANTIZE_FORMS
+    for quantization in ("tensor", "channel")
+    for compute in ("bf16", "fp16")
+]
+
+
 def weights_of(form: ExpertsForm) -> Weights:
     return make_weights(np.random.default_rng(0), form, HIDDEN, WIDTH, STORED)
 
@@ -97,7 +151,8 @@ REFUSED = (SHORT, SILENT, UNSCALED, MUTE)
 def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The builder's log of every graph, by name; all are built in one child process."""
     directory = tmp_path_factory.mktemp("builds")
-    graphs = {str(directory / graph.name): graph for graph in (*BUILT, *REFUSED)}
+    every: list[Graph | Product] = [*BUILT, *REFUSED, *PRODUCTS]
+    graphs = {str(directory / graph.name): graph for graph in every}
     for path, graph in graphs.items():
         Path(path).write_bytes(graph.proto())
     job = {"library": str(library_path()), "graphs": {path: graph.shapes for path, graph in graphs.items()}}
@@ -133,6 +188,14 @@ def test_builds(logs: dict[str, str], graph: Graph) -> None:
     size = int(re.findall(r"^PLAN (-?\d+)$", log, re.M)[-1])
     nbytes = sum(array.nbytes for array in made.arrays)
     assert nbytes < size < nbytes + 30_000 + 500 * len(made.arrays)
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+def test_products_of_quantised_rows_are_fp8(logs: dict[str, str], product: Product) -> None:
+    layers = parse_tensorrt_log(logs[product.name])
+    (gemm,) = (layer for layer in layers if layer.kind == "gemm")
+    assert gemm.inputs == ["fp8"] and gemm.constants[0] == "fp8" and gemm.outputs == ["fp32"]
+    assert "product" in gemm.origins
 
 
 def test_says_what_it_refuses(logs: dict[str, str]) -> None:
