@@ -80,7 +80,7 @@ struct shuntyard_expert_weights {
     const void* const* weights;  // 2, 2E or 3E, by the layout
     const void* const* scales;   // as many; of no meaning if unscaled
     int activations;
-    int activation_scale_type;              // FP32, FP16 or BF16; of no meaning but if static
+    int activation_scale_type;             // FP32, FP16 or BF16; of no meaning but if static
     const void* const* activation_scales;  // as many as weights, of 1 element each; of no meaning but if static
 };
 

@@ -33,9 +33,9 @@ constexpr int kExtents = 9;
 enum class ElementType {
     kFloat32,
     kInt32,
-    kActivation,  // fp32, fp16 or bf16; one type for all such tensors of an op
-    kWeight,      // one type for all such tensors of an op; which, follows from scales and attributes
-    kScale,       // fp32, fp16 or bf16; one type for all such tensors of an op
+    kActivation,       // fp32, fp16 or bf16; one type for all such tensors of an op
+    kWeight,           // one type for all such tensors of an op; which, follows from scales and attributes
+    kScale,            // fp32, fp16 or bf16; one type for all such tensors of an op
     kActivationScale,  // as kScale, and of 1 element
 };
 

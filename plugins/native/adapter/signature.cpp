@@ -41,8 +41,7 @@ Signature::Signature(const Op& op, const Attributes& attributes)
 
 std::string Signature::count_problem(int32_t nb_inputs, int32_t nb_outputs) const {
     const int32_t out = static_cast<int32_t>(op_.outputs.size());
-    const bool may_be_unscaled =
-        attributes_.group_size == 0 && attributes_.activations_code() == SHUNTYARD_AS_THEY_ARE;
+    const bool may_be_unscaled = attributes_.group_size == 0 && attributes_.activations_code() == SHUNTYARD_AS_THEY_ARE;
     const bool may_be_scaled = weights_ > 0;
     if (nb_outputs == out &&
         ((may_be_unscaled && nb_inputs == first_scale()) || (may_be_scaled && nb_inputs == inputs_with_scales()))) {

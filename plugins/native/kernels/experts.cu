@@ -352,8 +352,9 @@ int shuntyard_moe_experts(int x_type, const shuntyard_expert_weights* weights, c
     if (tokens == 0) {
         return SHUNTYARD_OK;
     }
-    Call call{x,       scores, expert_offsets, permutation,  rows,      weights->activations, tokens * top_k,
-              experts, top_k,  hidden,         intermediate, workspace, stream,               {}};
+    Call call{
+        x,      scores,       expert_offsets, permutation, rows, weights->activations, tokens * top_k, experts, top_k,
+        hidden, intermediate, workspace,      stream,      {}};
     fill(call.matrices, *weights, experts, hidden, intermediate);
     switch (x_type) {
         case SHUNTYARD_FP32: return run_for_weights<float>(weights->type, call);

@@ -42,8 +42,7 @@ void fill_one(Matrices& table, const Place& place, const shuntyard_expert_weight
         const int64_t before = stacked ? e * place.in * place.columns : 0;
         table.data[e] = behind(from.weights[weight], from.type, before + place.first_column * table.stride_out);
         table.scales[e] = nullptr;
-        table.activation_scales[e] =
-            from.activations == SHUNTYARD_STATIC ? from.activation_scales[weight] : nullptr;
+        table.activation_scales[e] = from.activations == SHUNTYARD_STATIC ? from.activation_scales[weight] : nullptr;
         if (from.scaling != SHUNTYARD_UNSCALED) {
             const int64_t channel = (stacked ? e * place.columns : 0) + place.first_column;
             table.scales[e] = behind(from.scales[weight], from.scale_type, channel * table.scale_stride);

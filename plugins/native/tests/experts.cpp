@@ -197,7 +197,8 @@ void experts_formats() {
     plugin = create(forms()[14], 1);
     tensors = Tensors(forms()[14]);
     refused(21, DataType::kBF16);
-    CHECK(says("activation scale of down of expert 1 is bf16, must be fp32, as activation scale of gate of expert 0 is"));
+    CHECK(
+        says("activation scale of down of expert 1 is bf16, must be fp32, as activation scale of gate of expert 0 is"));
     refused(16, DataType::kINT8);
     CHECK(says("activation scale of gate of expert 0 is int8, must be fp32, fp16 or bf16"));
     refused(4, DataType::kBF16);
