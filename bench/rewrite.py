@@ -47,7 +47,9 @@ MOST_MEMORY = 1_000_000_000
 """The claim: bytes, of the whole process."""
 
 REWRITES = {"transposed": "BF16", "fp32": "F32", "fp16": "F16"}
-_NUMPY: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16}
+_NUMPY: dict[str, Any] = {
+    "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16, "F8_E4M3": np.uint8, "I32": np.int32
+}  # fmt: skip
 _BLOCK = 16 * 2**20
 
 
@@ -136,7 +138,8 @@ def run(what: str, source: Path, out: Path, cache: str, workers: int) -> dict[st
     return {**measured, "bytes": moved, "bytes_per_second": moved / measured["seconds"]}
 
 
-def _values(entry: TensorEntry) -> NDArray[Any]:
+def values_of(entry: TensorEntry) -> NDArray[Any]:
+    """A tensor's values, mapped."""
     return np.memmap(entry.file, dtype=_NUMPY[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
 
 
@@ -146,8 +149,8 @@ def check(what: str, source: Path, out: Path) -> None:
     Raises:
         ValueError: they differ.
     """
-    stored = {entry.name: _values(entry) for entry in read_header(source).tensors}
-    found = {entry.name: _values(entry) for p in out.glob("*.safetensors") for entry in read_header(p).tensors}
+    stored = {entry.name: values_of(entry) for entry in read_header(source).tensors}
+    found = {entry.name: values_of(entry) for p in out.glob("*.safetensors") for entry in read_header(p).tensors}
     e = len(stored["down_proj"]) - 1
     gate_up, down = stored["gate_up_proj"][e], stored["down_proj"][e]
     if what == "transposed":
@@ -178,7 +181,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 runs[name].append(run(name, source, out, cache, args.workers))
-        results[cache] = {name: _summary(runs[name], runs["copy"]) for name in names}
+        results[cache] = {name: summary(runs[name], runs["copy"]) for name in names}
     shutil.rmtree(out)
     return {
         "what": "rewriting weights against copying them",
@@ -189,17 +192,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _summary(runs: list[dict[str, float]], copies: list[dict[str, float]]) -> dict[str, Any]:
+def summary(runs: list[dict[str, float]], copies: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians and quartiles; each run's share of the copy in the same round."""
     shares = [own["bytes_per_second"] / copy["bytes_per_second"] for own, copy in zip(runs, copies, strict=True)]
     return {
         "bytes": runs[0]["bytes"],
-        "share_of_copy": _quartiles(shares),
-        **{key: _quartiles([own[key] for own in runs]) for key in ("seconds", "bytes_per_second", "cpu_seconds")},
+        "share_of_copy": quartiles(shares),
+        **{key: quartiles([own[key] for own in runs]) for key in ("seconds", "bytes_per_second", "cpu_seconds")},
         "peak_bytes": max(own["peak_bytes"] for own in runs),
     }
 
 
-def _quartiles(values: list[float]) -> dict[str, float]:
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "low": low, "high": high}
 

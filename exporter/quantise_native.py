@@ -13,7 +13,10 @@ from shuntyard.exporter.rewrite_request import Quantize
 from shuntyard.plugins.library import quantise_library_path
 
 _COUNT, _ARRAY = ctypes.c_size_t, ctypes.c_void_p
-_MATRIX = (_ARRAY, ctypes.c_int, _COUNT, _COUNT)
+_MATRIX = (ctypes.c_int, _ARRAY, ctypes.c_int, ctypes.c_int, _COUNT, _COUNT, _COUNT)
+
+AVX512, AVX2, NEITHER = 2, 1, 0
+"""The instruction sets that may be taken where there are such."""
 
 
 class Native:
@@ -30,10 +33,16 @@ class Native:
         self._int4.argtypes = (*_MATRIX, _COUNT, _ARRAY, _COUNT, _ARRAY, _ARRAY)
         self._fp8.restype = self._int4.restype = None
 
-    def quantise_rows(self, values: NDArray[Any], how: Quantize, codes: NDArray[Any], scales: NDArray[Any]) -> None:
-        """As ``quantise_stream.quantise_rows``; all arrays are contiguous."""
-        assert all(array.flags.c_contiguous for array in (values, codes, scales))
-        matrix = (values.ctypes.data, int(values.dtype.itemsize == 2), *values.shape)
+    def quantise_rows(
+        self, values: NDArray[Any], how: Quantize, codes: NDArray[Any], scales: NDArray[Any], best: int = AVX512
+    ) -> None:
+        """As ``quantise_stream.quantise_rows``. Each row of ``values`` is contiguous, or each column."""
+        item, (rows, columns) = values.dtype.itemsize, values.shape
+        turned = columns > 1 and values.strides[1] != item
+        stride, step = (values.strides[1], values.strides[0]) if turned else values.strides
+        assert stride % item == 0 and (step == item or min(rows, columns) == 1)
+        assert codes.flags.c_contiguous and scales.flags.c_contiguous
+        matrix = (best, values.ctypes.data, int(item == 2), int(turned), stride // item, rows, columns)
         made = (scales.ctypes.data, codes.ctypes.data)
         if how.form == "group":
             self._int4(*matrix, how.group_size, DENOMINATORS.ctypes.data, len(DENOMINATORS), *made)

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from shuntyard.exporter.quantise import fp8_codes, fp8_scale, quantise_matrix
 from shuntyard.exporter.quantise_native import native
-from shuntyard.exporter.rewrite_kernels import Scratch, Sources, fill
+from shuntyard.exporter.rewrite_kernels import Scratch, Sources, fill, fill_into, parts_of
 from shuntyard.exporter.rewrite_request import Quantize, Target
 from shuntyard.exporter.rewrite_shards import Chunk
 
 BAND_VALUES = 2**19
 """Of a band that is read as it lies: it stays in a core's cache, and the reads are long."""
 
-TURNED_VALUES = 2**24
-"""Of a band that is turned: the more, the longer are the runs that are read. It takes 48 MiB, or 80 from fp32."""
+TURNED_BYTES = 96 * 2**20
+"""Of the values of a band that is turned: the more, the longer are the runs that are read. In bf16, one matrix of an
+expert of Llama 4; its codes take half as much again."""
 
 _TILE_VALUES = 2**16  # of what numpy quantises at a time, with about ten temporary arrays as large
 
@@ -50,8 +51,9 @@ def quantised(chunk: Chunk, sources: Sources, scratch: Scratch) -> Iterator[tupl
     scales = scratch.array("scales", scale_rows, scale_columns, _STORED[scale.dtype])
     if how.form == "tensor":
         scales[0, 0] = fp8_scale(_largest(chunk, source, sources, scratch))[0]
-    rows = max(1, (TURNED_VALUES if chunk.turned else BAND_VALUES) // chunk.columns)
-    for band in chunk.rows_of(rows):
+    most = TURNED_BYTES // np.dtype(_STORED[source]).itemsize if chunk.turned else BAND_VALUES
+    bands = -(-chunk.rows // max(1, most // chunk.columns))
+    for band in chunk.rows_of(-(-chunk.rows // bands)):
         values = _values(band, source, sources, scratch)
         codes = scratch.array("codes", band.rows, columns, _STORED[weight.dtype])
         first = band.row - chunk.row
@@ -77,9 +79,20 @@ def quantise_rows(values: NDArray[Any], how: Quantize, codes: NDArray[Any], scal
 
 
 def _values(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDArray[Any]:
-    """The rectangle's values in ``dtype``, ``[rows, columns]``, all finite."""
-    plain = replace(chunk.target, dtype=dtype, quantize=None)
-    return fill(replace(chunk, target=plain), sources, scratch).view(_STORED[dtype])
+    """The rectangle's values in ``dtype``, ``[rows, columns]``, all finite. Where all of it is turned, they are read as
+    they lie, and what is returned is a view.
+    """
+    if not all(piece.transpose for piece in chunk.blocks):
+        plain = replace(chunk.target, dtype=dtype, quantize=None)
+        return fill(replace(chunk, target=plain), sources, scratch).view(_STORED[dtype])
+    bits = np.uint16 if dtype == "BF16" else np.uint32
+    values: NDArray[Any] = scratch.array("out", chunk.columns, chunk.rows, bits, apart=True)
+    for piece, (row, last_row, _, _), at in parts_of(chunk):
+        lying = replace(piece, transpose=False)
+        target = Target(chunk.target.name, dtype, lying.shape, ((lying,),))
+        part = Chunk(target, (lying,), row, last_row - row, chunk.row, chunk.rows, 0, 0)
+        fill_into(values[at : at + last_row - row], part, sources, scratch)
+    return values.T.view(_STORED[dtype])
 
 
 def _largest(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDArray[np.float32]:

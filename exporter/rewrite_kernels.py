@@ -158,7 +158,7 @@ class Scratch:
         return buffer[: rows * stride].reshape(rows, stride)[:, :width].view(dtype)
 
 
-def _parts(chunk: Chunk) -> list[tuple[Piece, tuple[int, int, int, int], int]]:
+def parts_of(chunk: Chunk) -> list[tuple[Piece, tuple[int, int, int, int], int]]:
     """The pieces within a chunk: each with its stored rows and columns that are taken (begin, end, begin, end), and the
     column of the chunk that it is placed at.
     """
@@ -179,7 +179,7 @@ def _parts(chunk: Chunk) -> list[tuple[Piece, tuple[int, int, int, int], int]]:
 
 def prefetch(chunk: Chunk, sources: Sources) -> None:
     """Asks for all stored rows that ``fill`` will read from, as one run each."""
-    for piece, (row, last_row, _, _), _ in _parts(chunk):
+    for piece, (row, last_row, _, _), _ in parts_of(chunk):
         sources.will_need(
             piece.entry.file, piece.offset + row * piece.row_bits // 8, (last_row - row) * piece.row_bits // 8
         )
@@ -191,9 +191,15 @@ def fill(chunk: Chunk, sources: Sources, scratch: Scratch) -> NDArray[np.uint8]:
     Raises:
         CheckpointError: a value is not finite, or does not fit the type; or a file changed. Names tensor and place.
     """
+    out: NDArray[Any] = scratch.array("out", chunk.rows, chunk.columns, _BITS[chunk.target.dtype])
+    fill_into(out, chunk, sources, scratch)
+    return out.view(np.uint8)
+
+
+def fill_into(out: NDArray[Any], chunk: Chunk, sources: Sources, scratch: Scratch) -> None:
+    """``fill``, into unsigned integers ``[rows, columns]`` that the caller has."""
     dtype = chunk.target.dtype
-    out: NDArray[Any] = scratch.array("out", chunk.rows, chunk.columns, _BITS[dtype])
-    for piece, (row, last_row, column, last_column), at in _parts(chunk):
+    for piece, (row, last_row, column, last_column), at in parts_of(chunk):
         width = (last_row - row) if piece.transpose else (last_column - column)
         place = out[:, at : at + width]
         if piece.transpose:
@@ -206,7 +212,6 @@ def fill(chunk: Chunk, sources: Sources, scratch: Scratch) -> NDArray[np.uint8]:
                 columns = min(most_columns, last_column - c)
                 tile = place[r - row : r - row + rows, c - column : c - column + columns]
                 _Tile(piece, r, rows, c, columns).write(dtype, tile, sources, scratch)
-    return out.view(np.uint8)
 
 
 def _tile_rows(piece: Piece, columns: int) -> int:

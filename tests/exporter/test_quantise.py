@@ -32,7 +32,7 @@ SMALLEST, LARGEST = 2.0**-149, 3.4028235e38
 @pytest.fixture(autouse=True)
 def tiny_bands(tiny_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantise_stream, "BAND_VALUES", 40)
-    monkeypatch.setattr(quantise_stream, "TURNED_VALUES", 60)
+    monkeypatch.setattr(quantise_stream, "TURNED_BYTES", 150)
     monkeypatch.setattr(quantise_stream, "_TILE_VALUES", 20)
 
 
@@ -56,10 +56,11 @@ def values_of(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.f
 
 
 @st.composite
-def matrices(draw: Any) -> tuple[NDArray[np.float32], Quantize]:
+def matrices(draw: Any, most_rows: int = 6) -> tuple[NDArray[np.float32], Quantize]:
     """A matrix, and a way to quantise it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    rows, columns = draw(st.integers(1, 6)), draw(st.one_of(st.integers(1, 12), st.sampled_from([16, 24, 40, 136])))
+    rows = draw(st.one_of(st.integers(1, 6), st.integers(1, most_rows)))
+    columns = draw(st.one_of(st.integers(1, 12), st.sampled_from([16, 24, 40, 136])))
     return values_of(rng, rows, columns), draw(st.sampled_from(forms(columns)))
 
 
@@ -176,9 +177,9 @@ def numpy_alone(alone: bool) -> Iterator[None]:
         yield
 
 
-@given(matrices(), st.sampled_from(["BF16", "F32"]))
+@given(matrices(400), st.sampled_from(["BF16", "F32"]), st.booleans(), st.integers(0, 2))
 @settings(max_examples=300)
-def test_the_compiled_twin(asked: tuple[NDArray[np.float32], Quantize], source: str) -> None:
+def test_the_compiled_twin(asked: tuple[NDArray[np.float32], Quantize], source: str, turned: bool, best: int) -> None:
     w, how = asked
     native = quantise_native.native()
     assert native is not None
@@ -187,7 +188,8 @@ def test_the_compiled_twin(asked: tuple[NDArray[np.float32], Quantize], source: 
     values = np.where(np.isfinite(values.astype(np.float32)), values, values.dtype.type(1))
     codes, scales = quantise_matrix(values.astype(np.float32), how)
     own, own_scales = np.zeros_like(codes), np.zeros_like(scales) if how.form != "tensor" else scales
-    native.quantise_rows(values, how, own, own_scales)
+    given = np.asfortranarray(values) if turned else values
+    native.quantise_rows(given, how, own, own_scales, best)
     assert (own.tobytes(), own_scales.tobytes()) == (codes.tobytes(), scales.tobytes())
 
 
@@ -201,10 +203,11 @@ def test_the_compiled_twin_rounds_every_tie() -> None:
     w = np.concatenate([near, -near]).reshape(1, -1)
     native, how = quantise_native.native(), Quantize("tensor")
     assert native is not None
-    codes = np.zeros(w.shape, np.uint8)
-    native.quantise_rows(w, how, codes, np.ones(1, np.float32))
-    assert codes.tobytes() == np.clip(w, -448, 448).astype(ml_dtypes.float8_e4m3fn).tobytes()
-    assert set(bits) <= set(codes[0])
+    for best in range(3):
+        codes = np.zeros(w.shape, np.uint8)
+        native.quantise_rows(w, how, codes, np.ones(1, np.float32), best)
+        assert codes.tobytes() == np.clip(w, -448, 448).astype(ml_dtypes.float8_e4m3fn).tobytes()
+        assert set(bits) <= set(codes[0])
 
 
 @given(requests(), st.integers(1, 3), st.sampled_from(["numpy", "native"]))
