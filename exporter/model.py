@@ -15,8 +15,8 @@ independent reference (``models/llama4/modeling_llama4.py``). Shapes by the lege
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +32,21 @@ MAX_ROTARY_ROWS = 2**24
 """Slots of a RoPE layer lie below it; Scout's whole context, without chunks, is 10,485,760."""
 
 Weights = Mapping[str, Tensor]
+"""By checkpoint name. In place of a matrix there may be a :data:`Product`, for number formats that are tried out
+(``validate/emulate.py``); so may there be ``feed_forward.experts``, called as ``moe_experts`` with its first four
+arguments, and ``self_attn.k_cache`` and ``v_cache``, through which goes what is cached. Tracing sees tensors alone."""
+
+Product = Callable[..., Tensor]
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def _product(w: Weights, name: str) -> Product | None:
+    found: Any = w.get(name)
+    return found  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, weight: Tensor | Product) -> Tensor:
     """``x [..., in] @ weight [out, in].T``, the weight cast to x's type where it is used."""
-    return x @ weight.to(x.dtype).T
+    return x @ weight.to(x.dtype).T if isinstance(weight, Tensor) else weight(x)
 
 
 def projection(x: Tensor, w: Weights, name: str) -> Tensor:
@@ -98,6 +108,10 @@ def attention(
         if config.attn_temperature_tuning:
             scale = temperature(slots, config)[:, :, None, None]
             query = (query.float() * scale).to(query.dtype)
+    if (cache := _product(w, "self_attn.k_cache")) is not None:
+        key = cache(key)
+    if (cache := _product(w, "self_attn.v_cache")) is not None:
+        value = cache(value)
     out, present_key, present_value = torch.ops.shuntyard.cached_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *past, slots, head_dim**-0.5
     )
@@ -111,9 +125,12 @@ def moe(config: Llama4Config, w: Weights, x: Tensor) -> tuple[Tensor, Tensor, Te
     ops = torch.ops.shuntyard
     logits = x.float() @ w["feed_forward.router.weight"].float().T
     scores, expert_offsets, permutation = ops.moe_routing(logits, top_k)
-    fused = [w["feed_forward.experts.gate_up_proj"], w["feed_forward.experts.down_proj"]]
-    experts = config.num_local_experts
-    rows = ops.moe_experts(x, scores, expert_offsets, permutation, fused, [], [], top_k, experts, "fused", 0, "none")
+    if (product := _product(w, "feed_forward.experts")) is not None:
+        rows = product(x, scores, expert_offsets, permutation)
+    else:
+        fused, form = [w[f"feed_forward.experts.{name}_proj"] for name in ("gate_up", "down")], ("fused", 0, "none")
+        experts = config.num_local_experts
+        rows = ops.moe_experts(x, scores, expert_offsets, permutation, fused, [], [], top_k, experts, *form)
     shared = swiglu(x, w, "feed_forward.shared_expert")
     return ops.moe_scatter_add(shared, rows, permutation, top_k), logits, shared
 
@@ -182,7 +199,9 @@ def embed(input_ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return functional.embedding(input_ids, weight).to(dtype)
 
 
-def head(config: Llama4Config, hidden: Tensor, logits_indices: Tensor, norm: Tensor, lm_head: Tensor) -> Tensor:
+def head(
+    config: Llama4Config, hidden: Tensor, logits_indices: Tensor, norm: Tensor, lm_head: Tensor | Product
+) -> Tensor:
     """Logits ``f32 [B, R, V]`` of the tokens at ``logits_indices i64 [B, R]`` (places in this call, ``0..S-1``)."""
     picked = torch.gather(hidden, 1, logits_indices.unsqueeze(2).expand(-1, -1, config.hidden_size))
     picked = rms_norm(picked, config.rms_norm_eps) * norm.to(hidden.dtype)

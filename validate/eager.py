@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ from shuntyard.validate.dequantise import DequantisedCheckpoint
 from shuntyard.validate.stack import Stack, pieces
 from shuntyard.validate.values import Array, LayerValues, Tokens
 
+
+class WeightSource(Protocol):
+    """Where the weights come from, as the model takes them: tensors, or products in place of matrices."""
+
+    def outer(self, name: str) -> Tensor:
+        """One parameter, such as ``model.norm.weight``."""
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A layer's parameters, by their names below ``model.layers.INDEX.``."""
+
+
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -27,10 +39,10 @@ def eager_label() -> str:
 class EagerStack(Stack):
     """Our model in PyTorch, in any compute type, its weights dequantised: prefill in pieces, then single tokens."""
 
-    def __init__(self, checkpoint: Path, dtype: str = "fp32") -> None:
+    def __init__(self, checkpoint: Path, dtype: str = "fp32", weights: WeightSource | None = None) -> None:
         self.label, self.dtype = eager_label(), dtype
         self.config = load_config_file(checkpoint / "config.json").text
-        self._weights = DequantisedCheckpoint(checkpoint)
+        self._weights = weights or DequantisedCheckpoint(checkpoint)
         self._type = TORCH_TYPES[dtype]
         self._rotary = model.RotaryTable(self.config)
 
