@@ -7,6 +7,7 @@ A model directory holds ``model.onnx``, the checkpoint's shards as hard links, c
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,20 +21,35 @@ from pydantic import BaseModel, ConfigDict
 
 import shuntyard
 from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.exporter.activations import attach_activations
+from shuntyard.exporter.calibration import read_calibration
 from shuntyard.exporter.checkpoint import INDEX_NAME, SIDE_FILES, Checkpoint, open_checkpoint
 from shuntyard.exporter.graph import COMPUTE_TYPES, build_model
 from shuntyard.exporter.model import RotaryTable
 from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
+from shuntyard.exporter.precision import ModulePrecision, differences, precision_of, products_of
 from shuntyard.exporter.quantization import HF_QUANT_CONFIG
-from shuntyard.exporter.relayout import AS_STORED, Relayout, new_config, targets
+from shuntyard.exporter.recipe import Recipe, Resolved, resolve
+from shuntyard.exporter.relayout import AS_STORED, Relayout, new_config, plain_config, targets
+from shuntyard.exporter.requantise import carry_out, quantised_config
 from shuntyard.exporter.resumable import resumable_directory
-from shuntyard.exporter.rewrite import request_key, rewrite
+from shuntyard.exporter.rewrite import Target, request_key, rewrite
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite
 from shuntyard.exporter.weights import Weights, match_weights
 
 MODEL_NAME = "model.onnx"
 MANIFEST_NAME = "shuntyard.json"
+
+
+class RecipeRecord(BaseModel):
+    """The recipe that a model directory was exported by, and the files that it took."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sha256: str  # of the file; empty: stored
+    calibration_sha256: str | None = None
 
 
 class ModelManifest(BaseModel):
@@ -46,6 +62,8 @@ class ModelManifest(BaseModel):
     dtype: str
     checkpoint_fingerprint: str
     rewritten_from: str | None = None  # fingerprint of the checkpoint that the weights were rewritten from
+    recipe: RecipeRecord | None = None
+    precision: dict[str, ModulePrecision]  # of every module, by its name
     graph_sha256: str
     shards: dict[str, int]
     tensors: int
@@ -77,6 +95,8 @@ def export(
     check_values: bool = False,
     text_only: bool = False,
     relayout: Relayout = AS_STORED,
+    recipe: Recipe | None = None,
+    calibration: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> ExportResult:
@@ -85,16 +105,21 @@ def export(
     Everything is checked before anything is written: each tensor is consumed or waived by name, each parameter filled
     and of the right shape. ``check_values`` also reads all weights and refuses values that are not finite.
     ``text_only`` leaves a vision tower out, and names its tensors as waived; without it such a checkpoint is refused.
-    With a ``relayout`` the weights are not linked but written anew, which an interrupted run goes on with when it is
-    asked for again; ``progress`` hears of the bytes.
+    With a ``relayout``, or a ``recipe`` that asks for anything else than what is there, the weights are not linked but
+    written anew, which an interrupted run goes on with when it is asked for again; ``progress`` hears of the bytes.
+    Activations are quantised by a ``recipe`` alone; ``calibration`` is the file that has their static scales.
 
     Raises:
-        CheckpointError: the checkpoint is broken, incomplete or contradicts itself.
-        UnsupportedError: it holds something that is not understood.
+        CheckpointError: the checkpoint is broken, incomplete or contradicts itself, or the calibration is another's.
+        UnsupportedError: it holds something that is not understood, or cannot be what the recipe asks for.
         OutputError: ``out`` exists or cannot be written.
     """
     if dtype not in COMPUTE_TYPES:
         raise UnsupportedError(f"dtype '{dtype}' is not supported", hint=f"one of {', '.join(COMPUTE_TYPES)}")
+    if recipe is not None and relayout:
+        raise UnsupportedError("--recipe goes without --weights and --experts", hint="a rule of the recipe says both")
+    if calibration is not None and recipe is None:
+        raise UnsupportedError("--calibration goes with --recipe", hint="without one nothing is quantised")
     refuse_existing(out)
     checkpoint = open_checkpoint(checkpoint_path)
     if checkpoint.vision and not text_only:
@@ -103,37 +128,124 @@ def export(
             f"{checkpoint_path}: has a vision tower ({len(checkpoint.vision)} tensors, '{first}' first)",
             hint="--text-only exports the text model alone and lists what it leaves out; the tower cannot be exported",
         )
-    weights = match_weights(checkpoint, alike=relayout.weights is None)
+    weights = match_weights(checkpoint, alike=relayout.weights is None and (recipe is None or not recipe.rules))
     relayout.check(weights)
     RotaryTable(checkpoint.config)  # refuses now what tracing would, after the weights are written
-    waived = [checkpoint.tensors[name].name for name in weights.waived] + [entry.name for entry in checkpoint.vision]
+    asked = _Asked(checkpoint, weights, relayout, recipe, calibration)
+    waived = [checkpoint.tensors[name].name for name in asked.weights.waived] + [e.name for e in checkpoint.vision]
     for line in checkpoint.config.doubts():
         report(line)
     report(f"{weights.tensors} tensors match, {len(waived)} waived")
+    for line in asked.remarks():
+        report(line)
     if check_values:
         check_finite(weights)
         report("all values are finite")
-    facts: dict[str, Any] = {"dtype": dtype, "waived": waived, "values_checked": check_values}
-    if relayout:
-        new = targets(weights, relayout)
+    facts: dict[str, Any] = {"dtype": dtype, "waived": waived, "values_checked": check_values, "recipe": asked.record}
+    if asked.new is not None:
+        new = asked.new
         report(f"writing {sum(t.nbytes for t in new):,} bytes anew; if interrupted, the same command goes on")
         with resumable_directory(out, request_key(new, checkpoint.fingerprint)) as work:
             rewrite(new, work, source_fingerprint=checkpoint.fingerprint, progress=progress)
-            config = new_config(checkpoint.path, relayout)
-            (work.directory / "config.json").write_text(config, encoding="utf-8")
+            (work.directory / "config.json").write_text(asked.config(), encoding="utf-8")
             _copy_side_files(checkpoint, work.directory, leave=("config.json", HF_QUANT_CONFIG, INDEX_NAME))
             rewritten = open_checkpoint(work.directory)
             facts["rewritten_from"] = checkpoint.fingerprint
-            _write_graph(rewritten, match_weights(rewritten), work.directory, facts, report)
+            _write_graph(rewritten, asked.graph_weights(rewritten), asked.products, work.directory, facts, report)
             written = sum(p.stat().st_size for p in work.directory.iterdir())
         return ExportResult(out, weights.tensors, waived, 0, written)
     with output_directory(out) as directory:
         for header in checkpoint.headers:
             link_or_copy(header.file, directory, copy=copy, total_bytes=checkpoint.nbytes)
         _copy_side_files(checkpoint, directory)
-        _write_graph(checkpoint, weights, directory, facts, report)
+        _write_graph(checkpoint, asked.weights, asked.products, directory, facts, report)
         written = sum(p.stat().st_size for p in directory.iterdir() if copy or p.suffix != ".safetensors")
     return ExportResult(out, weights.tensors, waived, 0 if copy else checkpoint.nbytes, written)
+
+
+class _Asked:
+    """What is to be written: ``new`` tensors, or None where the shards are linked as they are."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: Weights,
+        relayout: Relayout,
+        recipe: Recipe | None,
+        calibration: Path | None,
+    ) -> None:
+        self._checkpoint, self._relayout, self._recipe = checkpoint, relayout, recipe
+        self.weights = weights
+        self.new: list[Target] | None = targets(weights, relayout) if relayout else None
+        self.products: dict[str, str] = {}
+        self.record: RecipeRecord | None = None
+        self._resolved: Resolved | None = None
+        self._twice: list[str] = []
+        self._section: dict[str, Any] | None = None
+        if recipe is None:
+            return
+        read = None if calibration is None else read_calibration(calibration)
+        taken = None if calibration is None else hashlib.sha256(calibration.read_bytes()).hexdigest()
+        self.record = RecipeRecord(name=recipe.name, sha256=recipe.sha256, calibration_sha256=taken)
+        if not recipe.rules:
+            self.weights = attach_activations(weights, checkpoint)
+            return
+        self._resolved = resolve(recipe, checkpoint.config)
+        self.products = products_of(self._resolved)
+        if (linked := self._as_it_is()) is not None:
+            self.weights = linked
+            return
+        rewritten = carry_out(checkpoint, weights, self._resolved, read)
+        self.new, self._twice = rewritten.targets, rewritten.twice
+        self._section = quantised_config(rewritten, self._resolved)
+
+    def _as_it_is(self) -> Weights | None:
+        """The weights, if they and their declaration are what the recipe asks for already."""
+        assert self._resolved is not None
+        try:
+            attached = attach_activations(match_weights(self._checkpoint), self._checkpoint)  # experts all alike
+        except (CheckpointError, UnsupportedError):
+            return None
+        found = precision_of(attached, self._checkpoint.config, self.products)
+        return None if differences(self._resolved, found) else attached
+
+    def remarks(self) -> list[str]:
+        """What who exports should know."""
+        lines = []
+        quantization = self._checkpoint.quantization
+        if quantization is not None and quantization.activations and self._recipe is None:
+            kinds = " and ".join(quantization.activations)
+            lines.append(f"activations are declared {kinds}, and are left as they are; --recipe stored quantises them")
+        if self._resolved is not None and self._recipe is not None and Path(self._recipe.where).suffix:
+            lines += [f"{self._recipe.where}: {one} matches nothing" for one in self._resolved.unused]
+        if self._twice:
+            more = f" and {len(self._twice) - 1} more" if len(self._twice) > 1 else ""
+            lines.append(f"{self._twice[0]}{more} was quantised in another way: its numbers are rounded twice")
+        return lines
+
+    def config(self) -> str:
+        """``config.json`` of the new checkpoint."""
+        if self._resolved is None:
+            return new_config(self._checkpoint.path, self._relayout)
+        return self._resolved_config(self._resolved)
+
+    def _resolved_config(self, resolved: Resolved) -> str:
+        text = plain_config(self._checkpoint.path)
+        if len(resolved.plain_types) == 1:
+            (text["dtype"],) = resolved.plain_types
+        if self._section is not None:
+            text["quantization_config"] = self._section
+        return json.dumps(text, indent=2) + "\n"
+
+    def graph_weights(self, rewritten: Checkpoint) -> Weights:
+        """The weights of the checkpoint that was written, which must be what the recipe asked for."""
+        weights = match_weights(rewritten)
+        if self._resolved is None:
+            return weights
+        weights = attach_activations(weights, rewritten)
+        if wrong := differences(self._resolved, precision_of(weights, rewritten.config, self.products)):
+            raise AssertionError(f"{wrong[0]} (of {len(wrong)})")
+        return weights
 
 
 def _copy_side_files(checkpoint: Checkpoint, directory: Path, leave: tuple[str, ...] = ()) -> None:
@@ -145,12 +257,13 @@ def _copy_side_files(checkpoint: Checkpoint, directory: Path, leave: tuple[str, 
 def _write_graph(
     checkpoint: Checkpoint,
     weights: Weights,
+    products: dict[str, str],
     directory: Path,
     facts: dict[str, Any],
     report: Callable[[str], None],
 ) -> None:
     """``model.onnx`` and ``shuntyard.json`` of a directory that holds the checkpoint's shards already."""
-    model = build_model(checkpoint.config, weights, facts["dtype"])
+    model = build_model(checkpoint.config, weights, facts["dtype"], products)
     report(f"traced {len(model.functions)} functions")
     proto = ir.to_proto(model)
     check_graph(proto, directory)
@@ -162,6 +275,7 @@ def _write_graph(
         graph_sha256=hashlib.sha256(data).hexdigest(),
         shards={header.file.name: header.file_bytes for header in checkpoint.headers},
         tensors=weights.tensors,
+        precision=precision_of(weights, checkpoint.config, products),
         **facts,
     )
     (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ them alone, and none is an output of the graph unless it is marked as one (:func
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import onnx
@@ -34,7 +34,14 @@ from shuntyard.exporter.checkpoint import TEXT_PREFIX
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.parameters import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
-from shuntyard.exporter.storage import Storage, apply_storage, functions_of, scale_name, storage_of
+from shuntyard.exporter.storage import (
+    Storage,
+    apply_storage,
+    functions_of,
+    input_scale_name,
+    scale_name,
+    storage_of,
+)
 from shuntyard.exporter.weights import Experts, Stored, Weights, cut_large
 from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION
 from shuntyard.plugins.functions import OPSET
@@ -115,8 +122,10 @@ class _Functions:
 class _Assembly:
     """The main graph while it grows."""
 
-    def __init__(self, config: Llama4Config, dtype: ir.DataType, weights: Weights) -> None:
-        self.config, self.dtype, self.weights = config, dtype, weights
+    def __init__(
+        self, config: Llama4Config, dtype: ir.DataType, weights: Weights, products: Mapping[str, str]
+    ) -> None:
+        self.config, self.dtype, self.weights, self.products = config, dtype, weights, products
         self.initializers: list[ir.Value] = []
         self.given: dict[str, ir.Value] = {}
         self.functions = _Functions()
@@ -159,22 +168,28 @@ class _Assembly:
     ) -> None:
         """Calls the function ``part`` as the node ``name``; the weights follow the inputs, as they are stored."""
         linears = linears or {}
-        storage = storage_of(linears, experts)
+        modules = {own: name if own == "lm_head.weight" else f"{name}.{own.removesuffix('.weight')}" for own in linears}
+        products = {own: self.products[module] for own, module in modules.items() if module in self.products}
+        storage = storage_of(linears, experts, products)
         function = self.functions.get(part, storage, make)
         given: dict[str, TensorEntry] = {}
         for own, stored in linears.items():
-            given |= dict(zip((own, scale_name(own)), stored.entries(), strict=False))
+            names = (own, scale_name(own), input_scale_name(own))
+            given |= dict(zip(names, stored.entries(), strict=False))
         if experts is not None:
             form, prefix = experts.form, "feed_forward.experts"
             given |= {f"{prefix}.{n}": p.entry for n, p in zip(form.weight_names, experts.parts, strict=True)}
             scales = [p.scale for p in experts.parts if p.scale is not None]
             given |= {f"{prefix}.{n}": scale for n, scale in zip(form.scale_names, scales, strict=True)}
-        names = [str(value.name) for value in function.inputs][len(inputs) :]
+            inputs_scales = [p.input_scale for p in experts.parts if p.input_scale is not None]
+            pairs = zip(form.activation_scale_names, inputs_scales, strict=True)
+            given |= {f"{prefix}.{n}": scale for n, scale in pairs}
+        wanted = [str(value.name) for value in function.inputs][len(inputs) :]
         if experts is not None and experts.form.overload == "":
             # Traced under the checkpoint's own names.
             given |= {f"{n}_proj": given[n] for n in ("feed_forward.experts.gate_up", "feed_forward.experts.down")}
         attribute = ir.AttrInt64(trace.DTYPE_ATTRIBUTE, int(self.dtype))
-        inputs = [*inputs, *(self.weight(given[own]) for own in names)]
+        inputs = [*inputs, *(self.weight(given[own]) for own in wanted)]
         self.nodes.append(ir.Node(DOMAIN, function.name, inputs, [attribute], outputs=outputs, name=name))
 
     def layer(self, i: int, hidden: ir.Value, places: list[ir.Value]) -> ir.Value:
@@ -209,11 +224,16 @@ class _Assembly:
         return out
 
 
-def build_model(config: Llama4Config, weights: Weights, dtype: str) -> ir.Model:
-    """The whole model, computing in ``dtype`` (``fp32``, ``fp16`` or ``bf16``)."""
+def build_model(
+    config: Llama4Config, weights: Weights, dtype: str, products: Mapping[str, str] | None = None
+) -> ir.Model:
+    """The whole model, computing in ``dtype`` (``fp32``, ``fp16`` or ``bf16``).
+
+    ``products`` names modules whose product is computed in a type of its own, ``fp32`` or ``fp16``.
+    """
     weights = cut_large(weights)
     i64, f32, compute = ir.DataType.INT64, ir.DataType.FLOAT, COMPUTE_TYPES[dtype]
-    g = _Assembly(config, compute, weights)
+    g = _Assembly(config, compute, weights, products or {})
     input_ids = g.input("input_ids", i64, "batch", "sequence")
     position_ids = g.input("position_ids", i64, "batch", "sequence")
     logits_indices = g.input("logits_indices", i64, "batch", "outputs")

@@ -155,6 +155,12 @@ class Resolved:
         """Whether any weight is asked for in a type."""
         return any(own.weights != STORED for own in self.precision.values())
 
+    @property
+    def plain_types(self) -> set[str]:
+        """The types of the modules that rules make plain, as ``config.json`` calls them."""
+        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        return {names[own.weights] for own in self.precision.values() if own.weights in PLAIN}
+
 
 def read_recipe(name: str | Path) -> Recipe:
     """A shipped recipe by its name, ``stored``, or one from a file.

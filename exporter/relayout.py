@@ -58,9 +58,9 @@ AS_STORED = Relayout()
 
 def targets(weights: Weights, asked: Relayout) -> list[Target]:
     """The tensors of the new checkpoint, in the model's order."""
-    found = [_copy(name, stored, asked) for name, stored in weights.linears.items()]
+    found = [copied(name, stored, _dtype(stored, asked)) for name, stored in weights.linears.items()]
     for layer, experts in weights.experts.items():
-        found += _experts(f"model.layers.{layer}.feed_forward.experts", experts, asked)
+        found += expert_targets(f"model.layers.{layer}.feed_forward.experts", experts, asked)
     return found
 
 
@@ -68,18 +68,20 @@ def _dtype(stored: Stored, asked: Relayout) -> str:
     return stored.entry.dtype if asked.weights is None else DTYPES[asked.weights]
 
 
-def _piece(stored: Stored, **cut: Any) -> Piece:
+def piece_of(stored: Stored, **cut: Any) -> Piece:
+    """A stored matrix, or what is cut out of it, as a piece of a target; quantised ones are dequantised."""
     return Piece(stored.entry, scale=stored.scale, group=stored.group_size, **cut)
 
 
-def _copy(name: str, stored: Stored, asked: Relayout) -> Target:
+def copied(name: str, stored: Stored, dtype: str) -> Target:
+    """A parameter by itself, in a type."""
     shape = stored.entry.shape
     if stored.group_size:
         shape = (*shape[:-1], shape[-1] * 8)
-    return Target(name, _dtype(stored, asked), shape, ((_piece(stored),),))
+    return Target(name, dtype, shape, ((piece_of(stored),),))
 
 
-def _matrices(experts: Experts) -> dict[str, list[dict[str, Any]]]:
+def expert_matrices(experts: Experts) -> dict[str, list[dict[str, Any]]]:
     """For gate, up and down, how each expert's matrix ``[out, in]`` is taken out of what is stored."""
     count, parts = experts.form.experts, experts.parts
     if experts.form.layout == "linear":
@@ -97,11 +99,12 @@ def _matrices(experts: Experts) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _experts(module: str, experts: Experts, asked: Relayout) -> Iterator[Target]:
+def expert_targets(module: str, experts: Experts, asked: Relayout) -> Iterator[Target]:
+    """The experts of one layer."""
     layout = asked.experts or ("linear" if experts.form.layout == "linear" else "fused")
     dtype = _dtype(experts.parts[0], asked)
-    matrices = _matrices(experts)
-    pieces = {part: [_piece(**own) for own in owns] for part, owns in matrices.items()}
+    matrices = expert_matrices(experts)
+    pieces = {part: [piece_of(**own) for own in owns] for part, owns in matrices.items()}
     if layout == "linear":
         for part, owns in pieces.items():
             for e, piece in enumerate(owns):
@@ -116,7 +119,7 @@ def _experts(module: str, experts: Experts, asked: Relayout) -> Iterator[Target]
         down = tuple((piece,) for piece in turned["down_proj"])
     else:
         # As they are stored: gate and up side by side.
-        gate_up, down = (tuple((_piece(own, index=e),) for e in range(count)) for own in experts.parts)
+        gate_up, down = (tuple((piece_of(own, index=e),) for e in range(count)) for own in experts.parts)
     yield Target(f"{module}.gate_up_proj", dtype, (count, hidden, 2 * inner), gate_up)
     yield Target(f"{module}.down_proj", dtype, (count, inner, hidden), down)
 
@@ -128,14 +131,20 @@ def _turned(piece: Piece) -> Piece:
 
 def new_config(checkpoint: Path, asked: Relayout) -> str:
     """``config.json`` of the new checkpoint: the text model's, without a quantisation, of the new type."""
+    text = plain_config(checkpoint)
+    if asked.weights is not None:
+        text["dtype"] = _CONFIG_DTYPES[asked.weights]
+    return json.dumps(text, indent=2) + "\n"
+
+
+def plain_config(checkpoint: Path) -> dict[str, Any]:
+    """The text model's part of a ``config.json``, without a quantisation and a type."""
     raw = read_json(checkpoint / "config.json")
     text = dict(raw.get(NESTED_IN, raw)) if raw.get("model_type") == "llama4" else dict(raw)
     text.setdefault("model_type", "llama4_text")
     text["architectures"] = ["Llama4ForCausalLM"]
     for key in ("quantization_config", "dtype", "torch_dtype"):
         text.pop(key, None)
-    if asked.weights is not None:
-        text["dtype"] = _CONFIG_DTYPES[asked.weights]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         text[key] = token_id(raw, key)
-    return json.dumps(text, indent=2) + "\n"
+    return text

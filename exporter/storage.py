@@ -1,32 +1,57 @@
-"""Gives a traced layer function the inputs of weights as they are stored.
+"""Gives a traced layer function the inputs of weights as they are stored, and its products the types they are to have.
 
 A function is traced with plain weights, experts fused. Case 1, a quantised matrix: the input gets its scale beside
-it, and a ``ShuntyardDequantize`` stands where the weight was used. Case 2, experts in another form: the inputs of the
-function and of its experts node become the lists of that form; the experts op takes all forms itself.
+it, and a ``ShuntyardDequantize`` stands where the weight was used. Case 2, its activations are quantised too: a
+``ShuntyardQuantize`` stands before the product, which is then one of e4m3 numbers in fp32, scaled behind it. Case 3, a
+product that is to be computed in a type of its own: casts stand around it. Case 4, experts in another form: the inputs
+of the function and of its experts node become the lists of that form; the experts op takes all forms itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from shuntyard.exporter.weights import Experts, Stored, Weights
-from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, ExpertsForm, Op
+from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, QUANTIZE, ExpertsForm, Op
 from shuntyard.plugins.functions import all_functions
 
 FUSED_EXPERTS = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 """The inputs of a traced function that become the lists of the experts' form."""
 
 _WORDS = {"none": "", "tensor": "Fp8", "channel": "Fp8", "group": "Int4"}
+_ACTIVATIONS = {"none": "", "static": "Static", "dynamic": "Dynamic"}
+
+COMPUTE_ATTRIBUTE = "dtype"
+"""The attribute of every function that holds the engine's compute type; ``trace.py`` writes it."""
+
+PRODUCT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+"""Types that a product can be given, whatever the engine's is."""
+
+
+class Linear(NamedTuple):
+    """How one matrix of a function is stored and multiplied, where that is not plainly and in the engine's type."""
+
+    name: str  # of the function's input
+    form: str  # none, tensor, channel, group
+    group_size: int
+    activations: str  # none, static, dynamic
+    product: str  # fp32, fp16, or empty: the engine's type
+
+    @property
+    def words(self) -> str:
+        """For the name of a function."""
+        return _WORDS[self.form] + _ACTIVATIONS[self.activations] + self.product.title()
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weights of one function are stored: those that are quantised, and the experts."""
+    """How the weights of one function are stored: those that are not plain, and the experts."""
 
-    quantized: tuple[tuple[str, str, int], ...] = ()  # name, form, group size
+    linears: tuple[Linear, ...] = ()
     experts: ExpertsForm | None = None
 
     @property
@@ -35,16 +60,20 @@ class Storage:
         words = ""
         if self.experts is not None:
             layout = "" if self.experts.layout == "fused" else self.experts.layout.title()
-            words = layout + _WORDS[self.experts.quantization]
-        if self.quantized:
-            words += "On" + "And".join(dict.fromkeys(_WORDS[form] for _, form, _ in self.quantized))
+            words = layout + _WORDS[self.experts.quantization] + _ACTIVATIONS[self.experts.activations]
+        if self.linears:
+            words += "On" + "And".join(dict.fromkeys(own.words for own in self.linears))
         return words
 
 
-def storage_of(weights: Mapping[str, Stored], experts: Experts | None) -> Storage:
-    """The storage of a function's weights, by the names of its inputs."""
-    quantized = tuple((n, s.form, s.group_size) for n, s in weights.items() if s.form != "none")
-    return Storage(quantized, None if experts is None else experts.form)
+def storage_of(
+    weights: Mapping[str, Stored], experts: Experts | None, products: Mapping[str, str] | None = None
+) -> Storage:
+    """The storage of a function's weights, by the names of its inputs; ``products`` has those of a type of their own."""
+    products = products or {}
+    linears = (Linear(n, s.form, s.group_size, s.activations, products.get(n, "")) for n, s in weights.items())
+    kept = tuple(own for own in linears if own.form != "none" or own.product)
+    return Storage(kept, None if experts is None else experts.form)
 
 
 def scale_name(name: str) -> str:
@@ -52,33 +81,131 @@ def scale_name(name: str) -> str:
     return f"{name}_scale"
 
 
+def input_scale_name(name: str) -> str:
+    """The input that holds the scale of what the input ``name`` is multiplied with."""
+    return f"{name}_input_scale"
+
+
 def apply_storage(function: ir.Function, storage: Storage) -> None:
     """Rewrites ``function`` in place for weights that are stored so."""
-    if storage.quantized:
-        _dequantize(function, storage)
+    shared: dict[ir.Value, tuple[ir.Value, ...]] = {}
+    for linear in storage.linears:
+        if linear.form != "none":
+            _dequantize(function, linear)
+        if linear.activations != "none":
+            _quantize_activations(function, linear, shared)
+        elif linear.product:
+            _compute_in(function, linear)
     if storage.experts is not None:
         _give_experts(function, storage.experts)
 
 
-def _dequantize(function: ir.Function, storage: Storage) -> None:
+def _dequantize(function: ir.Function, linear: Linear) -> None:
     """Case 1."""
     inputs = list(function.inputs)
-    for name, form, group_size in storage.quantized:
-        place, weight = next((i, value) for i, value in enumerate(inputs) if value.name == name)
-        scale = ir.Value(name=scale_name(name))
-        node = ir.Node(
-            DOMAIN,
-            overloaded(DEQUANTIZE, form),
-            [weight, scale],
-            [ir.AttrInt64("group_size", group_size)],
-            name=f"{name}_dequantized",
-        )
-        node.outputs[0].name = f"{name}_dequantized"
-        weight.replace_all_uses_with(node.outputs[0])
-        node.replace_input_with(0, weight)
-        function.insert_before(function[0], node)
-        inputs.insert(place + 1, scale)
+    name = linear.name
+    place, weight = next((i, value) for i, value in enumerate(inputs) if value.name == name)
+    scale = ir.Value(name=scale_name(name))
+    node = ir.Node(
+        DOMAIN,
+        overloaded(DEQUANTIZE, linear.form),
+        [weight, scale],
+        [ir.AttrInt64("group_size", linear.group_size)],
+        name=f"{name}_dequantized",
+    )
+    node.outputs[0].name = f"{name}_dequantized"
+    weight.replace_all_uses_with(node.outputs[0])
+    node.replace_input_with(0, weight)
+    function.insert_before(function[0], node)
+    inputs.insert(place + 1, scale)
     _set_inputs(function, inputs)
+
+
+def _product(function: ir.Function, name: str) -> tuple[ir.Node, ir.Node, ir.Node | None]:
+    """The product with the weight ``name``, the Transpose of the weight, and the Cast before it, where there is one."""
+    module = name.removesuffix(".weight")
+    product = next(node for node in function if node.op_type == "MatMul" and node.name == module)
+    weight = product.inputs[1]
+    transpose = None if weight is None else weight.producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.inputs[0] is None:
+        raise AssertionError(f"the weight of product {module} is not turned as it was when this was written")
+    cast = transpose.inputs[0].producer()
+    return product, transpose, cast if cast is not None and cast.op_type == "Cast" else None
+
+
+def _cast(function: ir.Function, before: ir.Node, value: ir.Value, to: ir.Attr, name: str) -> ir.Value:
+    node = ir.Node("", "Cast", [value], [to], name=name)
+    node.outputs[0].name = name
+    function.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _to_compute(function: ir.Function, value: ir.Value, name: str) -> None:
+    """Behind ``value``, a cast to the engine's type, which everything else uses."""
+    producer = value.producer()
+    assert producer is not None
+    node = ir.Node("", "Cast", [value], [ir.RefAttr("to", COMPUTE_ATTRIBUTE, ir.AttributeType.INT)], name=name)
+    node.outputs[0].name = name
+    value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+    node.replace_input_with(0, value)
+    function.insert_after(producer, node)
+
+
+def _quantize_activations(
+    function: ir.Function, linear: Linear, shared: dict[ir.Value, tuple[ir.Value, ...]]
+) -> None:
+    """Case 2. Products of the same tokens share what is quantised by token."""
+    name, module = linear.name, linear.name.removesuffix(".weight")
+    product, transpose, cast = _product(function, name)
+    x = product.inputs[0]
+    assert x is not None
+    if linear.activations == "dynamic" and x in shared:
+        codes, factor = shared[x]
+    else:
+        given = [x]
+        if linear.activations == "static":
+            inputs = list(function.inputs)
+            place = next(i for i, value in enumerate(inputs) if value.name == scale_name(name))
+            given.append(ir.Value(name=input_scale_name(name)))
+            inputs.insert(place + 1, given[1])
+            _set_inputs(function, inputs)
+        node = ir.Node(
+            DOMAIN, overloaded(QUANTIZE, linear.activations), given, num_outputs=2, name=f"{module}.quantize"
+        )
+        codes, factor = node.outputs
+        codes.name, factor.name = f"{module}.codes", f"{module}.factor"
+        function.insert_before(product, node)
+        if linear.activations == "dynamic":
+            shared[x] = codes, factor
+    product.replace_input_with(0, codes)
+    if cast is not None:  # the weight in fp32, not rounded to the compute type
+        transpose.replace_input_with(0, cast.inputs[0])
+        if not cast.outputs[0].uses():
+            function.remove(cast, safe=True)
+    out = product.outputs[0]
+    scaled = ir.Node("", "Mul", [out, factor], name=f"{module}.scale")
+    scaled.outputs[0].name = f"{module}.scaled"
+    out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
+    scaled.replace_input_with(0, out)
+    function.insert_after(product, scaled)
+    _to_compute(function, scaled.outputs[0], f"{module}.rounded")
+
+
+def _compute_in(function: ir.Function, linear: Linear) -> None:
+    """Case 3."""
+    module = linear.name.removesuffix(".weight")
+    product, transpose, cast = _product(function, linear.name)
+    to = int(PRODUCT_TYPES[linear.product])
+    x, weight = product.inputs[0], transpose.inputs[0]
+    assert x is not None and weight is not None
+    product.replace_input_with(0, _cast(function, product, x, ir.AttrInt64("to", to), f"{module}.widened"))
+    if cast is not None and len(cast.outputs[0].uses()) == 1:
+        cast.attributes.add(ir.AttrInt64("to", to))
+    else:
+        transpose.replace_input_with(
+            0, _cast(function, transpose, weight, ir.AttrInt64("to", to), f"{module}.weight_widened")
+        )
+    _to_compute(function, product.outputs[0], f"{module}.rounded")
 
 
 def _give_experts(function: ir.Function, form: ExpertsForm) -> None:
@@ -86,12 +213,14 @@ def _give_experts(function: ir.Function, form: ExpertsForm) -> None:
     node = next(node for node in function if node.op_type == EXPERTS.name and node.domain == DOMAIN)
     if form == ExpertsForm(form.experts):
         return
-    lists = [ir.Value(name=f"feed_forward.experts.{own}") for own in (*form.weight_names, *form.scale_names)]
+    names = (*form.weight_names, *form.scale_names, *form.activation_scale_names)
+    lists = [ir.Value(name=f"feed_forward.experts.{own}") for own in names]
     fixed = len(EXPERTS.inputs)
     attributes = [
-        *(node.attributes[name] for name in node.attributes if name not in ("layout", "group_size")),
+        *(node.attributes[name] for name in node.attributes if name not in ("layout", "group_size", "activations")),
         ir.AttrString("layout", form.layout),
         ir.AttrInt64("group_size", form.group_size),
+        ir.AttrString("activations", form.activations),
     ]
     new = ir.Node(
         node.domain,
@@ -140,7 +269,8 @@ def functions_of(weights: Weights) -> list[ir.Function]:
     return functions
 
 
-def forms_of(weights: Weights) -> tuple[set[ExpertsForm], set[str]]:
-    """Which functions a model needs: the forms of its experts, and those of its dequantised matrices."""
+def forms_of(weights: Weights) -> tuple[set[ExpertsForm], set[str], set[str]]:
+    """Which functions a model needs: the forms of its experts, of its dequantised matrices, and of what they multiply."""
     experts = {own.form for own in weights.experts.values()}
-    return experts, {stored.form for stored in weights.linears.values() if stored.form != "none"}
+    dequantized = {stored.form for stored in weights.linears.values() if stored.form != "none"}
+    return experts, dequantized, {own.activations for own in weights.linears.values() if own.activations != "none"}

@@ -1,0 +1,88 @@
+"""``calibration.json``: the largest magnitude that each module's inputs, and each KV cache, are to be rounded within."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shuntyard.errors import CheckpointError
+from shuntyard.exporter.checkpoint import Checkpoint
+from shuntyard.exporter.config import explain
+from shuntyard.exporter.strict_json import read_json
+
+LARGEST_CODE = 448.0
+"""Of e4m3fn: a scale is ``clip / 448``."""
+
+Clip = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Calibration(BaseModel):
+    """The whole file. Clips are in the units of the values that they bound."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    kind: Literal["calibration"] = "calibration"
+    shuntyard: str
+    checkpoint_fingerprint: str  # of the checkpoint that the reference ran
+    text: str  # the file's name
+    text_sha256: str
+    tokens: int
+    windows: int
+    length: int
+    method: str  # amax, "percentile 99.9" or mse
+    reference: str  # "transformers 5.24.0"
+    inputs: dict[str, Clip]  # of each module that can be quantised; of each expert's three
+    keys: dict[str, Clip]  # by attention, as its cache holds them
+    values: dict[str, Clip]
+    unreached: list[str] = []  # experts that no token reached: they have the largest clip of their layer
+    zero: list[str] = []  # modules whose inputs were all zero: their clip is 1
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Holds the file to a checkpoint.
+
+        Raises:
+            CheckpointError: it was made of another one.
+        """
+        if self.checkpoint_fingerprint != checkpoint.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path}: the calibration is of another checkpoint "
+                f"({self.checkpoint_fingerprint[:16]}, this one is {checkpoint.fingerprint[:16]})",
+                hint="shuntyard calibrate this one",
+            )
+
+    def scale(self, module: str) -> float:
+        """The scale of a module's inputs, an fp32 number.
+
+        Raises:
+            CheckpointError: the module was not calibrated.
+        """
+        return _scale(self.inputs, module)
+
+    def cache_scale(self, attention: str, part: Literal["keys", "values"]) -> float:
+        """The scale of what an attention caches; raises as :meth:`scale`."""
+        return _scale(self.keys if part == "keys" else self.values, attention)
+
+
+def _scale(clips: dict[str, float], name: str) -> float:
+    if name not in clips:
+        raise CheckpointError(f"the calibration does not have '{name}'", hint="shuntyard calibrate the checkpoint again")
+    return float(np.float32(clips[name]) / np.float32(LARGEST_CODE))
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Reads a calibration.
+
+    Raises:
+        CheckpointError: there is none, or it is broken; names the key.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such calibration", hint="shuntyard calibrate CKPT OUT --text FILE makes one")
+    try:
+        return Calibration.model_validate(read_json(path))
+    except ValidationError as error:
+        refusal = explain(error, path, "")
+        raise CheckpointError(refusal.message, hint="shuntyard calibrate the checkpoint again") from error
