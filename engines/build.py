@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 
 import shuntyard
-from shuntyard.engines import layer_table, lower
+from shuntyard.engines import layer_table, lower, proof
 from shuntyard.engines.manifest import (
     BACKENDS,
     LAYERS_NAME,
@@ -282,7 +282,7 @@ def _build_onnxruntime(
         engine_file=GRAPH_NAME,
         layers=layers,
         plugins={},
-        precision=layer_table.expected_precision(opened.model, dtype),
+        precision=proof.compute_types(proof.expected_precision(opened.model, dtype, opened.manifest.precision)),
         marked=marked,
     )
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.graph import WIDENED, retarget
 from shuntyard.exporter.storage import op_of
-from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, PLUGINS
+from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, PLUGINS, QUANTIZE
 
 
 def for_onnxruntime(model: ir.Model, dtype: str) -> None:
@@ -45,7 +45,39 @@ def for_tensorrt(model: ir.Model, dtype: str, *, context: int, chunk: int | None
                 node.op_type = EXPERTS.name  # one plugin takes all forms
     narrow_weights(model)
     _hoist_dequantize(model)
+    _name_apart(model)
     return [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT4]
+
+
+def _copy(function: ir.Function, name: str) -> ir.Function:
+    copy = ir.serde.deserialize_function(ir.to_proto(function))
+    copy.name = name
+    return copy
+
+
+def _name_apart(model: ir.Model) -> None:
+    """Gives each layer that quantises activations a function of its own, and each of its Quantize nodes too, in place.
+
+    The parser refuses a QuantizeLinear whose name was there before, and a function called twice names its nodes twice.
+    """
+    quantizers = {f.name: f for f in model.functions.values() if op_of(f.name) == QUANTIZE.name}
+    sources = {
+        function.name: function
+        for function in model.functions.values()
+        if any(node.op_type in quantizers for node in function)
+    }
+    for number, call in enumerate(node for node in model.graph if node.op_type in sources):
+        own = _copy(sources[call.op_type], f"{call.op_type}_{number}")
+        for k, node in enumerate(node for node in own if node.op_type in quantizers):
+            quantizer = _copy(quantizers[node.op_type], f"{node.op_type}_{number}_{k}")
+            for inner in quantizer:
+                inner.name = f"{inner.op_type}_{number}_{k}"
+            node.op_type = quantizer.name
+            model.functions[quantizer.identifier()] = quantizer
+        call.op_type = own.name
+        model.functions[own.identifier()] = own
+    for function in (*sources.values(), *quantizers.values()):
+        del model.functions[function.identifier()]
 
 
 def fix_dimensions(model: ir.Model, sizes: dict[str, int]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from shuntyard.engines import layer_table
+from shuntyard.engines import layer_table, proof
 from shuntyard.engines.lower import signed_nibbles
 from shuntyard.engines.manifest import LOG_NAME, Limits
 from shuntyard.engines.tensorrt_child import OWN
@@ -98,8 +98,8 @@ def build_plan(
 
     trt, target = check_backend(request)
     # Before the function bodies are gone, expected_plugins would count the same: calls, not bodies.
-    expected = layer_table.expected_plugins(opened.model)
-    precision = layer_table.expected_precision(opened.model, dtype)
+    expected = proof.expected_plugins(opened.model)
+    precision = proof.expected_precision(opened.model, dtype, opened.manifest.precision)
     library = shutil.copyfile(library_path(), directory / LIBRARY_NAME) if expected else None
     about = None if library is None else build_info(library)
     if about is not None and not about.runs_on(target):
@@ -136,8 +136,8 @@ def build_plan(
     log = (directory / LOG_NAME).read_text(encoding="utf-8", errors="replace")
     try:
         layers = layer_table.parse_tensorrt_log(log)
-        plugins = layer_table.check_plugins(layers, expected)
-        layer_table.check_precision(layers, precision, layer_table.stored_types(opened.model))
+        plugins = proof.check_plugins(layers, expected)
+        proof.check_precision(layers, precision, dtype)
     except EngineError as error:
         raise EngineError(error.message, hint=f"{error.hint}; {_keep(log)}") from error
     found = ", ".join(f"{count} {name}" for name, count in plugins.items())
@@ -148,7 +148,7 @@ def build_plan(
         engine_file=PLAN_NAME,
         layers=layers,
         plugins=plugins,
-        precision=precision,
+        precision=proof.compute_types(precision),
         plugin_library=None if library is None else LIBRARY_NAME,
         plugin_build=about,
     )
