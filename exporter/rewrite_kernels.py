@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuntyard.errors import CheckpointError
+from shuntyard.exporter.quantise_native import native
 from shuntyard.exporter.rewrite_request import Piece, Target, entries_of, scale_layout, stamp
 from shuntyard.exporter.rewrite_shards import Chunk
 from shuntyard.exporter.safetensors_header import ITEM_BITS, TensorEntry, read_header
@@ -112,6 +113,9 @@ class Sources:
             CheckpointError: the file cannot be read, or ends before; names it.
         """
         width = into.shape[1]
+        if width != stride and (twin := native()) is not None:  # a call for each row is dear, above all among threads
+            filled = twin.read_rows(self._descriptors[file], offset, into, stride)
+            into, offset = into[filled:], offset + filled * stride
         lines: list[Any] = [into.reshape(-1)] if width == stride and into.flags.c_contiguous else list(into)
         most = _MOST_VECTORS if width == stride else 1
         try:

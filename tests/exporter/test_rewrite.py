@@ -285,6 +285,7 @@ def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
 
 def test_reads_and_writes_that_take_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a signal or a network's file system may have it."""
+    monkeypatch.setattr(rewrite_kernels, "native", lambda: None)  # which has its own pread
     preadv, pwrite = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [memoryview(views[0])[:3]], offset))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:5], offset))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from shuntyard.errors import CheckpointError, OutputError
 from shuntyard.exporter import resumable
+from shuntyard.exporter.quantise import quantise_matrix
 from shuntyard.exporter.resumable import Workspace
 from shuntyard.exporter.rewrite import rewrite
 from shuntyard.exporter.safetensors_header import read_header
@@ -88,6 +90,30 @@ def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return files
 
 
+@pytest.fixture(scope="module")
+def wanted_quantised(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same of quantised matrices, which are what the definition says."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(source, out, quantised=True)
+    files = content(out)
+    [entry] = read_header(source).tensors
+    stored = np.frombuffer(source.read_bytes()[entry.offset :], ml_dtypes.bfloat16).reshape(entry.shape)
+    found = {
+        tensor.name: files[header.file.name][tensor.offset : tensor.offset + tensor.nbytes]
+        for header in (read_header(path) for path in out.glob("*.safetensors"))
+        for tensor in header.tensors
+    }
+    for target in targets_of(source, quantised=True):
+        e, part = target.name.split(".")
+        half = stored[int(e), :, :INNER] if part == "gate" else stored[int(e), :, INNER:]
+        assert target.quantize is not None
+        codes, scale = quantise_matrix(half.T.astype(np.float32), target.quantize)
+        assert found.pop(target.name) == codes.tobytes()
+        assert found.pop(target.quantize.scale_name) == scale.tobytes()
+    assert not found
+    return files
+
+
 def die_after(entries: int) -> Progress:
     """Raises what Ctrl-C raises, after so many entries of the journal."""
     calls = iter(range(entries))
@@ -99,9 +125,12 @@ def die_after(entries: int) -> Progress:
     return progress
 
 
-def test_killed_at_any_time(source: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["plain", "quantised"])
+def test_killed_at_any_time(
+    source: Path, wanted: dict[str, bytes], wanted_quantised: dict[str, bytes], tmp_path: Path, what: str
+) -> None:
     """Twenty deaths in the midst of work, at random times; each output is what an undisturbed run writes."""
-    command = [sys.executable, "-m", "tests.exporter.rewrite_victim", str(source), str(tmp_path), str(KILLS)]
+    command = [sys.executable, "-m", "tests.exporter.rewrite_victim", str(source), str(tmp_path), str(KILLS), what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     deaths = json.loads(done.stdout)
@@ -109,7 +138,7 @@ def test_killed_at_any_time(source: Path, wanted: dict[str, bytes], tmp_path: Pa
     assert len(set(deaths)) > KILLS // 2
     assert not partials(tmp_path)
     for out in tmp_path.iterdir():
-        assert content(out) == wanted, out
+        assert content(out) == (wanted_quantised if what == "quantised" else wanted), out
 
 
 def interrupted(source: Path, out: Path, entries: int = 8) -> Path:
@@ -130,6 +159,18 @@ def spoil(partial: Path, shard: int) -> None:
 
 
 class TestContinued:
+    def test_what_is_quantised(self, source: Path, wanted_quantised: dict[str, bytes], tmp_path: Path) -> None:
+        """After each entry of the journal: a part of a matrix is done when its codes and its scales are written."""
+        deaths = 0
+        for workers in itertools.cycle((1, 2, 3)):
+            try:
+                run(source, tmp_path / "out", quantised=True, workers=workers, progress=die_after(6))
+                break
+            except KeyboardInterrupt:
+                deaths += 1
+        assert deaths > 5
+        assert content(tmp_path / "out") == wanted_quantised
+
     def test_what_is_done_is_not_done_again(self, source: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
         partial = interrupted(source, tmp_path / "out")
         done = rewrite_victim.entries(tmp_path / "out")
@@ -342,25 +383,40 @@ import sys
 from tests.exporter.rewrite_victim import *
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 [entry] = read_header(source).tensors
-turned = Target("turned", "BF16", entry.shape[::-1], ((Piece(entry, transpose=True),),))
+turned, shape = sys.argv[4] == "turned", entry.shape
+how = None if sys.argv[3] == "plain" else Quantize(sys.argv[3], 128 if sys.argv[3] == "group" else 0, "scale")
+dtype = "BF16" if how is None else how.dtype
+new = Target("new", dtype, shape[::-1] if turned else shape, ((Piece(entry, transpose=turned),),), how)
 with resumable_directory(out, "0" * 64) as work:
-    rewrite([turned], work, source_fingerprint="", workers=1)
+    rewrite([new], work, source_fingerprint="", workers=1)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 
-def test_memory_does_not_grow_with_the_tensor(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A matrix of 192 MiB, all zeros in a sparse file, is turned in less, with all that Python and numpy take."""
+@pytest.mark.parametrize(
+    ("what", "lies", "most"),
+    [
+        ("plain", "turned", 160),
+        ("channel", "turned", 260),  # 96 of values, 48 of codes, at a time
+        ("channel", "lying", 90),
+        ("tensor", "lying", 90),
+        ("group", "lying", 90),
+    ],
+)
+def test_memory_does_not_grow_with_the_tensor(
+    tmp_path_factory: pytest.TempPathFactory, what: str, lies: str, most: int
+) -> None:
+    """A matrix of 384 MiB, all zeros in a sparse file, takes less, with all that Python and numpy take."""
     folder = tmp_path_factory.mktemp("sparse")
-    source, (rows, columns) = folder / "sparse.safetensors", (12 * 1024, 8 * 1024)
+    source, (rows, columns) = folder / "sparse.safetensors", (24 * 1024, 8 * 1024)
     header = {"zeros": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}}
     text = json.dumps(header).encode()
     source.write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(source, 8 + len(text) + 2 * rows * columns)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, source, folder / "out"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURED, source, folder / "out", what, lies], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < 160 * 1024
+    assert int(done.stdout) < most * 1024
     [shard] = (folder / "out").glob("*.safetensors")
-    assert shard.stat().st_size > 2 * rows * columns
+    assert shard.stat().st_size > {"plain": 16, "group": 4}.get(what, 8) * rows * columns // 8
     shutil.rmtree(folder / "out")

@@ -10,6 +10,8 @@
 #include <limits>
 #include <vector>
 
+#include <unistd.h>
+
 #define SHUNTYARD_EXPORT extern "C" __attribute__((visibility("default")))
 #define SHUNTYARD_INLINE static inline __attribute__((always_inline))
 #define SHUNTYARD_MEMBER inline __attribute__((always_inline))
@@ -328,4 +330,16 @@ SHUNTYARD_EXPORT void shuntyard_quantise_int4(
   const std::size_t padded = (group + kLanes - 1) / kLanes * kLanes;
   Int4 made{columns, group, padded, denominators, count, std::vector<float>(padded), std::vector<std::uint32_t>(columns)};
   run(Int4Call{values, is_bf16 != 0, turned != 0, stride, rows, made, scales, codes}, best);
+}
+
+// Reads ``rows`` rows of ``width`` bytes, ``stride`` apart in the file from ``offset`` on and ``apart`` in memory. Gives
+// the number of rows that came whole in one read each; the caller sees to the next one.
+SHUNTYARD_EXPORT std::size_t shuntyard_read_rows(
+    int file, std::uint64_t offset, std::size_t rows, std::size_t width, std::size_t stride, std::uint8_t* into,
+    std::size_t apart) {
+  for (std::size_t row = 0; row < rows; ++row) {
+    const ssize_t got = pread(file, into + row * apart, width, static_cast<off_t>(offset + row * stride));
+    if (got < 0 || static_cast<std::size_t>(got) != width) return row;
+  }
+  return rows;
 }
