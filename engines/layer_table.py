@@ -12,6 +12,7 @@ Each ``ONNX Layer`` is a node that the layer computes, innermost first, and so n
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import onnx_ir as ir
 from shuntyard.errors import EngineError
 from shuntyard.exporter.graph import COMPUTE_TYPES
 from shuntyard.exporter.trace import DTYPE_ATTRIBUTE
-from shuntyard.plugins.contract import PLUGINS
+from shuntyard.plugins.contract import EXPERTS, PLUGINS
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
@@ -106,6 +107,14 @@ def parse_tensorrt_log(log: str) -> list[Layer]:
     if not layers:
         raise EngineError("the builder's log has no layer dump", hint=UNKNOWN_FORM)
     return layers
+
+
+_IN_THE_PLAN = re.compile(rf"{EXPERTS.name} in the plan: activations (\w+)$", re.MULTILINE)
+
+
+def experts_activations(log: str) -> Counter[str]:
+    """What the experts' plugin says, each time that it is written into the plan, it does with its rows."""
+    return Counter(_IN_THE_PLAN.findall(log))
 
 
 def graph_layers(model: ir.Model) -> list[Layer]:

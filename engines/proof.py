@@ -1,8 +1,8 @@
 """Holds what was built to what was asked, module by module.
 
 What is asked stands in the model directory's manifest, from the recipe and the files; which nodes compute it, in the
-graph; what was built, in the layers that the builder says its plan has (``layer_table``). TensorRT 11 is strongly typed,
-so a difference is a defect of ours or of the compiler's: either way the engine is not what was asked, and is refused.
+graph; what was built, in the layers that the builder says its plan has (``layer_table``). TensorRT 11 is strongly
+typed, so a difference is a defect of ours or of the compiler's: either way the engine is refused.
 """
 
 from __future__ import annotations
@@ -122,6 +122,30 @@ def check_plugins(layers: list[Layer], expected: Counter[str]) -> dict[str, int]
     return {str(name): count for name, count in sorted(built.items(), key=str)}
 
 
+def check_experts(said: Counter[str], modules: Mapping[str, ModulePrecision]) -> None:
+    """Holds what the experts' plugins say of their rows (``layer_table.experts_activations``) to what was asked.
+
+    A plugin speaks each time that it is written, which is as often for one layer as for another.
+
+    Raises:
+        EngineError: they round rows in another way, or in so many other layers.
+    """
+    asked = Counter(
+        own.activations.removeprefix("fp8-") for name, own in modules.items() if name.endswith(EXPERTS_MODULE)
+    )
+    times = said.total() // max(asked.total(), 1)
+    if said != Counter({kind: times * count for kind, count in asked.items()}) or (asked and not said):
+        raise EngineError(
+            f"plugin {EXPERTS.name} says that it is in the plan with activations {_counts(said)}; asked were "
+            f"{_counts(asked)}",
+            hint=NOT_ASKED,
+        )
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in sorted(counter.items())) or "none"
+
+
 def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: str) -> None:
     """Holds what the plan computes in to what was asked, in an engine of ``dtype``.
 
@@ -135,13 +159,21 @@ def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: s
         EngineError: a node is in another type, or cannot be found in the plan.
     """
     found = dict.fromkeys(expected, False)
+    kept: set[str] = set()
     for layer in layers:
         for path in expected.keys() & set(layer.origins):
             found[path] |= _shows(layer, path, expected[path], dtype)
+        for origin in layer.origins:
+            module = origin.split(".weight", 1)[0]
+            if module in expected and expected[module].stored in layer.constants:
+                kept.add(module)
     for path, is_there in found.items():
         if not is_there:
             asked = expected[path]
             raise EngineError(f"no layer of the plan shows that it computes {path} in {asked.compute}", hint=NOT_ASKED)
+    for path, asked in expected.items():
+        if asked.stored and not asked.copies and path not in kept:
+            raise EngineError(f"no layer of the plan holds the weight of {path} in {asked.stored}", hint=NOT_ASKED)
     plain = {"fp32", dtype, *(asked.compute for asked in expected.values())} - {"fp8"}
     in_fp8 = {path for path, asked in expected.items() if asked.compute == "fp8"}
     for layer in layers:
@@ -202,7 +234,7 @@ _GIVEN_AS = {"fp8": "fp8", "int4": "int32"}
 def _shows_experts(layer: Layer, path: str, asked: Asked, dtype: str) -> bool:
     """The plugin's x is of the engine's type or of the experts' own; its weights are those that are stored.
 
-    Whether it rounds its rows to FP8 within is told by the plugin itself (``layer_table.experts_forms``).
+    Whether it rounds its rows to FP8 within is told by the plugin itself (:func:`check_experts`).
     """
     x = layer.inputs[0]
     own = asked.compute if asked.compute != "fp8" else dtype

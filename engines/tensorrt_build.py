@@ -138,6 +138,7 @@ def build_plan(
         layers = layer_table.parse_tensorrt_log(log)
         plugins = proof.check_plugins(layers, expected)
         proof.check_precision(layers, precision, dtype)
+        proof.check_experts(layer_table.experts_activations(log), opened.manifest.precision)
     except EngineError as error:
         raise EngineError(error.message, hint=f"{error.hint}; {_keep(log)}") from error
     found = ", ".join(f"{count} {name}" for name, count in plugins.items())

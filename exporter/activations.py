@@ -64,9 +64,7 @@ def _names(module: str, experts: Experts) -> Iterator[str]:
             yield f"{module}.{name.split('.')[0]}_proj"
 
 
-def _attach(
-    stored: Stored, module: str, quantization: Quantization, checkpoint: Checkpoint, used: set[str]
-) -> Stored:
+def _attach(stored: Stored, module: str, quantization: Quantization, checkpoint: Checkpoint, used: set[str]) -> Stored:
     if stored.form == "none":
         return stored
     own = stored.entry.name.removesuffix(".weight").removesuffix(".weight_packed")

@@ -1,4 +1,8 @@
-"""``calibration.json``: the largest magnitude that each module's inputs, and each KV cache, are to be rounded within."""
+"""``calibration.json``: the largest magnitude that each module's inputs, and each KV cache, are to be rounded within.
+
+``shuntyard calibrate`` writes it (``validate/calibrate.py``). Modules have the checkpoint's names, routed experts one by
+one: ``model.layers.N.feed_forward.experts.E.up_proj``. An expert's input is the token's state times its score.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter.checkpoint import Checkpoint
@@ -16,30 +20,44 @@ from shuntyard.exporter.strict_json import read_json
 LARGEST_CODE = 448.0
 """Of e4m3fn: a scale is ``clip / 448``."""
 
-Clip = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LEAST_CLIP = LARGEST_CODE * 2.0**-126
+"""Of a smaller one the scale is no normal number of fp32, and what is divided by it overflows."""
+
+HINT = "shuntyard calibrate the checkpoint again"
+
+
+def _is_fp32(clip: float) -> float:
+    if not LEAST_CLIP <= clip <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{clip} is out of the range of fp32")
+    return clip
+
+
+Clip = Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_is_fp32)]
+Count = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Calibration(BaseModel):
     """The whole file. Clips are in the units of the values that they bound."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal[1] = 1
     kind: Literal["calibration"] = "calibration"
     shuntyard: str
-    checkpoint_fingerprint: str  # of the checkpoint that the reference ran
+    checkpoint_fingerprint: Digest  # of the checkpoint that the reference ran
     text: str  # the file's name
-    text_sha256: str
-    tokens: int
-    windows: int
-    length: int
+    text_sha256: Digest
+    tokens: Count  # of all windows
+    windows: Count
+    length: Count  # tokens a window
     method: str  # amax, "percentile 99.9" or mse
     reference: str  # "transformers 5.24.0"
     inputs: dict[str, Clip]  # of each module that can be quantised; of each expert's three
     keys: dict[str, Clip]  # by attention, as its cache holds them
     values: dict[str, Clip]
-    unreached: list[str] = []  # experts that no token reached: they have the largest clip of their layer
-    zero: list[str] = []  # modules whose inputs were all zero: their clip is 1
+    unreached: list[str] = []  # experts that no token reached: they have the largest clip of their layer's
+    zero: list[str] = []  # modules whose inputs were all zero, ``...self_attn.key`` too: their clip is 1
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Holds the file to a checkpoint.
@@ -69,7 +87,7 @@ class Calibration(BaseModel):
 
 def _scale(clips: dict[str, float], name: str) -> float:
     if name not in clips:
-        raise CheckpointError(f"the calibration does not have '{name}'", hint="shuntyard calibrate the checkpoint again")
+        raise CheckpointError(f"the calibration does not have '{name}'", hint=HINT)
     return float(np.float32(clips[name]) / np.float32(LARGEST_CODE))
 
 
@@ -82,7 +100,13 @@ def read_calibration(path: Path) -> Calibration:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such calibration", hint="shuntyard calibrate CKPT OUT --text FILE makes one")
     try:
-        return Calibration.model_validate(read_json(path))
+        raw = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=HINT) from error
+    for key in Calibration.model_fields:
+        if key not in raw:
+            raise CheckpointError(f"{path}: {key}: is missing", hint=HINT)
+    try:
+        return Calibration.model_validate(raw)
     except ValidationError as error:
-        refusal = explain(error, path, "")
-        raise CheckpointError(refusal.message, hint="shuntyard calibrate the checkpoint again") from error
+        raise CheckpointError(explain(error, path).message, hint=HINT) from error

@@ -122,9 +122,7 @@ class _Functions:
 class _Assembly:
     """The main graph while it grows."""
 
-    def __init__(
-        self, config: Llama4Config, dtype: ir.DataType, weights: Weights, products: Mapping[str, str]
-    ) -> None:
+    def __init__(self, config: Llama4Config, dtype: ir.DataType, weights: Weights, products: Mapping[str, str]) -> None:
         self.config, self.dtype, self.weights, self.products = config, dtype, weights, products
         self.initializers: list[ir.Value] = []
         self.given: dict[str, ir.Value] = {}

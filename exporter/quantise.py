@@ -10,7 +10,7 @@ FP8 (e4m3fn), by channel or tensor
 INT4, by group
     ``code = clip(rint(w / scale), -8, 7)``, with the scale of least squared error among ``max|w| / d`` for each ``d``
     of ``DENOMINATORS``, the first of them where several are as good. A scale is rounded to bf16, as it is stored,
-    before it is tried. The error is measured in units of ``max|w|``, so that it neither overflows nor vanishes.
+    before it is tried; while scales are tried, ``w * (1 / scale)`` stands for ``w / scale``. The error is measured in units of ``max|w|``, so that it neither overflows nor vanishes.
 
 A scale is at least 2**-126, the smallest normal number of fp32 and bf16; where all values are 0, it is 1.
 """
@@ -69,18 +69,20 @@ def _int4(w: NDArray[np.float32], group: int) -> tuple[NDArray[np.int32], NDArra
     unit = np.where(largest == 0, np.float32(1), largest)
     best = np.full(largest.shape, np.inf, np.float32)
     scale = np.ones(largest.shape, np.float32)
-    codes = np.zeros(w.shape, np.float32)
     for denominator in DENOMINATORS:
         tried = np.maximum(largest / denominator, LEAST_SCALE).astype(ml_dtypes.bfloat16).astype(np.float32)
         tried = np.where(largest == 0, np.float32(1), tried)
-        exact = w / tried[..., None]
-        rounded = np.clip(np.rint(exact), np.float32(-8), np.float32(7))
+        exact = w * (np.float32(1) / tried)[..., None]
         ratio = tried / unit
-        error = _sum((exact - rounded) ** 2) * (ratio * ratio)
+        error = _sum((exact - _rounded(exact)) ** 2) * (ratio * ratio)
         better = error < best
         best, scale = np.where(better, error, best), np.where(better, tried, scale)
-        codes = np.where(better[..., None], rounded, codes)
+    codes = _rounded(w / scale[..., None])
     return _packed(codes.reshape(rows, columns)), scale.astype(ml_dtypes.bfloat16)
+
+
+def _rounded(exact: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.clip(np.rint(exact), np.float32(-8), np.float32(7))
 
 
 def _sum(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -193,7 +193,9 @@ def parse_recipe(data: bytes, name: str, where: str) -> Recipe:
         first = error.errors()[0]
         place = first["loc"]
         said = f"rule {int(place[1]) + 1}" if len(place) > 1 and place[0] == "rule" else ""
-        key = ".".join(str(part) for part in place[2:] if not str(part).isdigit()) if said else ".".join(map(str, place))
+        key = (
+            ".".join(str(part) for part in place[2:] if not str(part).isdigit()) if said else ".".join(map(str, place))
+        )
         subject = ": ".join(part for part in (where, said, f"key '{key}'" if key else "") if part)
         value = first.get("input")
         shown = f", not {brief(value)}" if first["type"] in ("literal_error", "string_type", "int_parsing") else ""

@@ -151,9 +151,7 @@ def _to_compute(function: ir.Function, value: ir.Value, name: str) -> None:
     function.insert_after(producer, node)
 
 
-def _quantize_activations(
-    function: ir.Function, linear: Linear, shared: dict[ir.Value, tuple[ir.Value, ...]]
-) -> None:
+def _quantize_activations(function: ir.Function, linear: Linear, shared: dict[ir.Value, tuple[ir.Value, ...]]) -> None:
     """Case 2. Products of the same tokens share what is quantised by token."""
     name, module = linear.name, linear.name.removesuffix(".weight")
     product, transpose, cast = _product(function, name)

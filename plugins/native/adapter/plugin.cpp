@@ -158,6 +158,15 @@ IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noe
     return nullptr;
 }
 
+PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
+    // Called for each layer of a plan, as it is written: the builder's log then says what became of the rows.
+    const Activations* activations = signature_.attributes().activations;
+    if (activations != nullptr) {
+        log(Severity::kInfo, std::string(signature_.op().name) + " in the plan: activations " + activations->name);
+    }
+    return &stored_;
+}
+
 IPluginV3* Plugin::clone() noexcept {
     try {
         return new Plugin(signature_.op(), signature_.attributes());

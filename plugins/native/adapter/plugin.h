@@ -51,7 +51,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                     void const* const* inputs, void* const* outputs, void* workspace,
                     cudaStream_t stream) noexcept override;
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
-    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &stored_; }
+    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
   private:
     // Logs "<plugin>: <what>" as an error and returns a status that TensorRT takes as failure.

@@ -86,10 +86,11 @@ SHUNTYARD_INLINE float clipped(float value, float low, float high) {
 
 // The squared error of a group with this scale, in units of the scale; values stand in whole sets of lanes.
 SHUNTYARD_INLINE float error_of(const float* values, std::size_t padded, float scale) {
+  const float reciprocal = 1.0f / scale;
   float sums[kLanes] = {};
   for (std::size_t i = 0; i < padded; i += kLanes) {
     for (std::size_t k = 0; k < kLanes; ++k) {
-      const float exact = values[i + k] / scale;
+      const float exact = values[i + k] * reciprocal;
       const float off = exact - clipped(to_integer(exact), -8.0f, 7.0f);
       sums[k] += off * off;
     }
