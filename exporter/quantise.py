@@ -10,7 +10,8 @@ FP8 (e4m3fn), by channel or tensor
 INT4, by group
     ``code = clip(rint(w / scale), -8, 7)``, with the scale of least squared error among ``max|w| / d`` for each ``d``
     of ``DENOMINATORS``, the first of them where several are as good. A scale is rounded to bf16, as it is stored,
-    before it is tried; while scales are tried, ``w * (1 / scale)`` stands for ``w / scale``. The error is measured in units of ``max|w|``, so that it neither overflows nor vanishes.
+    before it is tried; while scales are tried, ``w * (1 / scale)`` stands for ``w / scale``. The error is measured in
+    units of ``max|w|``, so that it neither overflows nor vanishes.
 
 A scale is at least 2**-126, the smallest normal number of fp32 and bf16; where all values are 0, it is 1.
 """

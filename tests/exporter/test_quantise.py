@@ -69,26 +69,30 @@ def unpacked(packed: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.stack([(words >> np.uint32(4 * i)) & 15 for i in range(8)], axis=2).reshape(len(words), -1) - np.int64(8)
 
 
+def rounded(exact: np.float32) -> np.float32:
+    return np.float32(min(max(round(float(exact)), -8), 7))  # half to even, as Python rounds
+
+
 def int4_of_group(w: NDArray[np.float32]) -> tuple[list[int], np.float32]:
     """One number at a time."""
     f = np.float32
     largest = f(max(abs(value) for value in w))
     if largest == 0:
         return [0] * len(w), f(1)
-    best, found, scale = f(np.inf), [0] * len(w), f(1)
+    best, scale = f(np.inf), f(1)
     for denominator in DENOMINATORS:
         tried = f(ml_dtypes.bfloat16(max(largest / denominator, f(2.0**-126))))
-        codes = [min(max(round(float(value / tried)), -8), 7) for value in w]  # half to even, as Python rounds
         sums = [f(0)] * 16
-        for i, (value, code) in enumerate(zip(w, codes, strict=True)):
-            sums[i % 16] += (value / tried - f(code)) * (value / tried - f(code))
+        for i, value in enumerate(w):
+            exact = value * (f(1) / tried)
+            sums[i % 16] += (exact - rounded(exact)) * (exact - rounded(exact))
         while len(sums) > 1:
             half = len(sums) // 2
             sums = [sums[i] + sums[i + half] for i in range(half)]
         error = sums[0] * ((tried / largest) * (tried / largest))
         if error < best:
-            best, found, scale = error, codes, tried
-    return found, scale
+            best, scale = error, tried
+    return [int(rounded(value / scale)) for value in w], scale
 
 
 class TestDefinition:
