@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 import shuntyard
+from shuntyard.cli.calibration import calibrate
 from shuntyard.cli.console import (
     EXIT_DEFECT,
     EXIT_FAILED,
@@ -343,3 +344,4 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 main.add_command(validate)
+main.add_command(calibrate)
