@@ -1,8 +1,8 @@
 // Quantises rows of a matrix in memory: the numbers that exporter/quantise.py defines, bit for bit.
 //
 // The loops are plain, for the compiler to vectorise; they are compiled for several instruction sets, of which the
-// processor's best is taken, or the best that the caller allows. All make the same bytes: there are only operations that
-// IEEE 754 rounds, in an order that is written down, and none may be contracted or reordered.
+// processor's best is taken, or the best that the caller allows. All make the same bytes: there are only operations
+// that IEEE 754 rounds, in an order that is written down, and none may be contracted or reordered.
 
 #include <cstddef>
 #include <cstdint>
@@ -106,7 +106,8 @@ SHUNTYARD_INLINE float fp8_scale(float largest) {
 }
 
 template <typename T>
-SHUNTYARD_INLINE void fp8_row(const T* values, std::size_t columns, float scale, std::uint8_t* __restrict__ codes) {
+SHUNTYARD_INLINE void fp8_row(
+    const T* values, std::size_t columns, float scale, std::uint8_t* __restrict__ codes) {
   for (std::size_t i = 0; i < columns; ++i) {
     codes[i] = fp8_of(clipped(widened(values[i]) / scale, -kLargestFp8, kLargestFp8));
   }
@@ -137,7 +138,8 @@ SHUNTYARD_INLINE void turn_8_by_8(std::uint64_t* words) {
   }
 }
 
-// values [columns, rows], ``stride`` apart -> codes [rows, columns]. A square of codes is made as it lies, and turned in the cache.
+// values [columns, rows], ``stride`` apart -> codes [rows, columns]. A square of codes is made as it lies,
+// and turned in the cache.
 template <typename T>
 SHUNTYARD_INLINE void fp8_turned(
     const T* values, std::size_t stride, std::size_t rows, std::size_t columns, bool by_channel, float* scales,
@@ -316,25 +318,28 @@ void run(const Call& call, int) {
 }  // namespace
 
 // values [rows, columns], turned [columns, rows], bf16 or fp32, finite, ``stride`` values from one line to the next ->
-// codes [rows, columns]. By channel, scales [rows] are written; else all rows take scales[0]. best: 2 allows AVX-512, 1 AVX2, 0 neither.
+// codes [rows, columns]. By channel, scales [rows] are written; else all rows take scales[0]. best: 2 allows
+// AVX-512, 1 AVX2, 0 neither.
 SHUNTYARD_EXPORT void shuntyard_quantise_fp8(
     int best, const void* values, int is_bf16, int turned, std::size_t stride, std::size_t rows, std::size_t columns,
     int by_channel, float* scales, std::uint8_t* codes) {
   run(Fp8Call{values, is_bf16 != 0, turned != 0, stride, rows, columns, by_channel != 0, scales, codes}, best);
 }
 
-// values as above -> codes [rows, columns / 8], eight values each, and the bf16 scales [rows, columns / group], each the
-// best of its group's largest magnitude over a denominator.
+// values as above -> codes [rows, columns / 8], eight values each, and the bf16 scales [rows, columns / group], each
+// the best of its group's largest magnitude over a denominator.
 SHUNTYARD_EXPORT void shuntyard_quantise_int4(
     int best, const void* values, int is_bf16, int turned, std::size_t stride, std::size_t rows, std::size_t columns,
     std::size_t group, const float* denominators, std::size_t count, std::uint16_t* scales, std::uint32_t* codes) {
   const std::size_t padded = (group + kLanes - 1) / kLanes * kLanes;
-  Int4 made{columns, group, padded, denominators, count, std::vector<float>(padded), std::vector<std::uint32_t>(columns)};
+  Int4 made{columns, group, padded, denominators, count, {}, {}};
+  made.one.resize(padded);
+  made.nibbles.resize(columns);
   run(Int4Call{values, is_bf16 != 0, turned != 0, stride, rows, made, scales, codes}, best);
 }
 
-// Reads ``rows`` rows of ``width`` bytes, ``stride`` apart in the file from ``offset`` on and ``apart`` in memory. Gives
-// the number of rows that came whole in one read each; the caller sees to the next one.
+// Reads ``rows`` rows of ``width`` bytes, ``stride`` apart in the file from ``offset`` on and ``apart`` in memory.
+// Gives the number of rows that came whole in one read each; the caller sees to the next one.
 SHUNTYARD_EXPORT std::size_t shuntyard_read_rows(
     int file, std::uint64_t offset, std::size_t rows, std::size_t width, std::size_t stride, std::uint8_t* into,
     std::size_t apart) {
