@@ -36,6 +36,7 @@ from shuntyard.cli.console import (
     stdout,
     warn,
 )
+from shuntyard.cli.precision import precision
 from shuntyard.cli.validation import print_report, validate
 from shuntyard.errors import ShuntyardError
 
@@ -92,19 +93,25 @@ def main(debug: bool) -> None:
 @click.option("--text-only", is_flag=True, help="Leave a vision tower out, and list its tensors as waived.")
 @click.option("--weights", type=_DTYPE, help="Write the weights anew, in this type.  [default: link them]")
 @click.option("--experts", type=click.Choice(["fused", "linear"]), help="Write them anew, experts in this layout.")
+@click.option("--recipe", help="Precision of each module: a shipped recipe, stored, or a .toml file (see precision).")
+@click.option("--calibration", type=PATH, help="What calibrate wrote: scales of static activations and FP8 KV caches.")
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-def export(ckpt: Path, out: Path, weights: str | None, experts: str | None, as_json: bool, **asked: Any) -> None:
+def export(
+    ckpt: Path, out: Path, weights: str | None, experts: str | None, recipe: str | None, as_json: bool, **asked: Any
+) -> None:
     """Export the checkpoint CKPT to the new model directory OUT.
 
-    Weights are linked, not copied, unless --weights or --experts asks for others. Such a run can be interrupted: the
-    same command goes on with what is there.
+    Weights are linked, not copied, unless --recipe, --weights or --experts asks for others. Such a run can be
+    interrupted: the same command goes on with what is there.
     """
     from shuntyard.exporter.export import export as run
+    from shuntyard.exporter.recipe import read_recipe
     from shuntyard.exporter.relayout import Relayout
 
     relayout = Relayout(weights, experts)
     if relayout and asked["copy"]:
         raise click.UsageError("--copy has no meaning where the weights are written anew")
+    asked["recipe"] = None if recipe is None else read_recipe(recipe)
     with _progress() as update:
 
         def progress(_tensor: str, done: int, total: int) -> None:
@@ -343,5 +350,6 @@ def demo(out: Path, as_json: bool) -> None:
         sys.exit(EXIT_FAILED)
 
 
+main.add_command(precision)
 main.add_command(validate)
 main.add_command(calibrate)

@@ -216,8 +216,11 @@ class _Asked:
         if quantization is not None and quantization.activations and self._recipe is None:
             kinds = " and ".join(quantization.activations)
             lines.append(f"activations are declared {kinds}, and are left as they are; --recipe stored quantises them")
-        if self._resolved is not None and self._recipe is not None and Path(self._recipe.where).suffix:
-            lines += [f"{self._recipe.where}: {one} matches nothing" for one in self._resolved.unused]
+        if self._resolved is not None and self._resolved.recipe.is_a_file:
+            lines += [
+                f"{self._resolved.recipe.where}: {one} matches nothing that an earlier rule left"
+                for one in self._resolved.unused
+            ]
         if self._twice:
             more = f" and {len(self._twice) - 1} more" if len(self._twice) > 1 else ""
             lines.append(f"{self._twice[0]}{more} was quantised in another way: its numbers are rounded twice")

@@ -56,10 +56,11 @@ class Precision(NamedTuple):
     group_size: int = 0
 
     def __str__(self) -> str:
-        """For people: ``fp8 by channel, activations fp8-dynamic``."""
-        by = f" by {self.granularity}" if self.granularity else ""
-        by += f" of {self.group_size}" if self.group_size else ""
-        return f"{self.weights}{by}" + ("" if self.activations == "none" else f", activations {self.activations}")
+        """For people: ``fp8 channel, inputs dynamic``."""
+        by = f" {self.granularity}" if self.granularity else ""
+        by += f" {self.group_size}" if self.group_size else ""
+        inputs = self.activations.removeprefix("fp8-")
+        return f"{self.weights}{by}" + ("" if inputs == "none" else f", inputs {inputs}")
 
 
 class Rule(BaseModel):
@@ -131,6 +132,11 @@ class Recipe:
     description: str
     rules: tuple[Rule, ...]
     sha256: str
+
+    @property
+    def is_a_file(self) -> bool:
+        """Whether somebody wrote it, who wants to know of rules that match nothing."""
+        return self.name not in (STORED, *SHIPPED)
 
 
 @dataclass(frozen=True)

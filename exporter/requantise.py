@@ -91,7 +91,7 @@ class _Writer:
 
     def _linear(self, module: Module, stored: Stored) -> None:
         asked = self.resolved.precision[module.name]
-        if module.is_fixed or asked.weights == STORED and stored.form == "none":
+        if module.is_fixed or (asked.weights == STORED and stored.form == "none"):
             dtype = stored.entry.dtype if stored.form == "none" else "BF16"
             self.out.targets.append(copied(f"{module.name}.weight", stored, dtype))
         elif asked.weights in PLAIN:

@@ -69,7 +69,7 @@ class Storage:
 def storage_of(
     weights: Mapping[str, Stored], experts: Experts | None, products: Mapping[str, str] | None = None
 ) -> Storage:
-    """The storage of a function's weights, by the names of its inputs; ``products`` has those of a type of their own."""
+    """The storage of a function's weights, by the names of its inputs; ``products``: those of a type of their own."""
     products = products or {}
     linears = (Linear(n, s.form, s.group_size, s.activations, products.get(n, "")) for n, s in weights.items())
     kept = tuple(own for own in linears if own.form != "none" or own.product)
@@ -268,7 +268,7 @@ def functions_of(weights: Weights) -> list[ir.Function]:
 
 
 def forms_of(weights: Weights) -> tuple[set[ExpertsForm], set[str], set[str]]:
-    """Which functions a model needs: the forms of its experts, of its dequantised matrices, and of what they multiply."""
+    """Which functions a model needs: the forms of its experts, of dequantised matrices, and of what they multiply."""
     experts = {own.form for own in weights.experts.values()}
-    dequantized = {stored.form for stored in weights.linears.values() if stored.form != "none"}
+    dequantized: set[str] = {stored.form for stored in weights.linears.values() if stored.form != "none"}
     return experts, dequantized, {own.activations for own in weights.linears.values() if own.activations != "none"}

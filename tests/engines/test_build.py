@@ -39,9 +39,9 @@ def test_the_manifest_describes_the_directory(engine_directory: Path, model_dire
 
 def test_precision_names_every_product(model_directory: Path) -> None:
     opened = open_model(model_directory)
-    from shuntyard.engines.layer_table import expected_precision
+    from shuntyard.engines.proof import compute_types, expected_precision
 
-    precision = expected_precision(opened.model, "fp16")
+    precision = compute_types(expected_precision(opened.model, "fp16", opened.manifest.precision))
     for i in range(8):
         own = {path.removeprefix(f"model.layers.{i}.") for path in precision if path.startswith(f"model.layers.{i}.")}
         projections = {f"self_attn.{name}_proj" for name in "qkvo"} | {"self_attn.attention"}

@@ -13,10 +13,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from shuntyard.engines import layer_table, lower, open_engine, tensorrt_build
+from shuntyard.engines import proof, lower, open_engine, tensorrt_build
 from shuntyard.engines.build import Reporter, Request, build
 from shuntyard.engines.inspect import inspect
-from shuntyard.engines.layer_table import Layer, check_plugins, check_precision, parse_tensorrt_log
+from shuntyard.engines.layer_table import Layer, parse_tensorrt_log
+from shuntyard.engines.proof import Asked, check_plugins, check_precision
 from shuntyard.engines.manifest import load_manifest, verify_files
 from shuntyard.errors import EngineError, ShuntyardError, UnsupportedError
 from shuntyard.exporter.export import export
@@ -56,6 +57,11 @@ def test_the_layer_table_names_the_three_plugins(engine: Path) -> None:
         assert module in {f"model.layers.{i}" for i in (1, 3, 5, 7)}
 
 
+def asked(precision: dict[str, str]) -> dict[str, Asked]:
+    """A manifest's precision, of plain weights, as it was asked for."""
+    return {path: Asked(compute) for path, compute in precision.items()}
+
+
 def test_each_product_is_in_its_type(engine: Path) -> None:
     layers, manifest = layers_of(engine), load_manifest(engine)
     assert Counter(manifest.precision.values()) == {"bf16": 73, "fp32": 8}
@@ -63,7 +69,7 @@ def test_each_product_is_in_its_type(engine: Path) -> None:
         if layer.kind == "gemm":
             expected = "fp32" if layer.origins[0].endswith(".feed_forward.router") else "bf16"
             assert set(layer.inputs) == set(layer.outputs) == {expected}, layer
-    check_precision(layers, manifest.precision, {})  # what build has checked
+    check_precision(layers, asked(manifest.precision), "bf16")  # what build has checked
 
 
 def test_the_directory_is_self_describing(engine: Path) -> None:
@@ -168,7 +174,7 @@ def halve_lm_head(model: ir.Model) -> None:
 
 
 def narrow_router(model: ir.Model) -> None:
-    cast_product(model, layer_table.ROUTER, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
+    cast_product(model, proof.ROUTER, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 
 
 def test_a_module_in_another_type_is_caught(model_directory: Path, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -288,18 +294,18 @@ def parse(read: str = "BFloat16", kind: str = "gemm", name: str = "q", metadata:
 
 
 def test_precision_is_read_strictly() -> None:
-    expected = {"model.layers.0.self_attn.q_proj": "bf16"}
-    check_precision(parse(), expected, {})
-    check_precision(parse(kind="kgen"), expected, {})
+    expected = {"model.layers.0.self_attn.q_proj": Asked("bf16")}
+    check_precision(parse(), expected, "bf16")
+    check_precision(parse(kind="kgen"), expected, "bf16")
     for read, kind in (("Float", "gemm"), ("Half", "gemm"), ("FP8", "gemm"), ("Half", "kgen"), ("NewType", "gemm")):
         with pytest.raises(EngineError, match=r"q_proj"):
-            check_precision(parse(read, kind), expected, {})
+            check_precision(parse(read, kind), expected, "bf16")
     with pytest.raises(EngineError, match="no layer of the plan shows that it computes"):
-        check_precision(parse("Float", "kgen"), expected, {})  # fp32 in between is no proof of bf16
+        check_precision(parse("Float", "kgen"), expected, "bf16")  # fp32 in between is no proof of bf16
     with pytest.raises(EngineError, match="no layer of the plan shows that it computes"):
-        check_precision(parse(metadata=""), expected, {})
+        check_precision(parse(metadata=""), expected, "bf16")
     with pytest.raises(EngineError, match="computes in fp16, which nobody asked for"):
-        check_precision([*parse(), *parse("Half", "kgen", metadata="")], expected, {})
+        check_precision([*parse(), *parse("Half", "kgen", metadata="")], expected, "bf16")
 
 
 def test_streams_are_joined_by_layers_that_compute_nothing() -> None:
@@ -311,7 +317,7 @@ def test_streams_are_joined_by_layers_that_compute_nothing() -> None:
     ]
     layers = parse_tensorrt_log("\n".join(lines))
     assert [(layer.kind, layer.origins, layer.plugin) for layer in layers] == [("signal", [], None), ("wait", [], None)]
-    check_precision([*parse(), *layers], {"model.layers.0.self_attn.q_proj": "bf16"}, {})
+    check_precision([*parse(), *layers], {"model.layers.0.self_attn.q_proj": Asked("bf16")}, "bf16")
 
 
 def test_dumps_in_other_forms_are_refused() -> None:

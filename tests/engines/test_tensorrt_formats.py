@@ -12,9 +12,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from shuntyard.engines import layer_table, lower
+from shuntyard.engines import lower
 from shuntyard.engines.build import Request, build, open_model
-from shuntyard.engines.layer_table import Layer, check_precision
+from shuntyard.engines.layer_table import Layer
+from shuntyard.engines.proof import Asked, check_precision, expected_precision
 from shuntyard.errors import EngineError
 from shuntyard.exporter.export import export
 from tests.checkpoints import parsed, random_weights, raw_config
@@ -86,17 +87,21 @@ def test_int4_is_the_same_number_in_two_notations(tmp_path: Path) -> None:
 def test_quantised_weights_are_allowed_where_they_are_stored_and_nowhere_else() -> None:
     path = "model.layers.0.self_attn.q_proj"
     layer = Layer("fused", "runtime_fusion", ["bf16"], ["fp8", "fp32"], ["bf16"], [path])
-    check_precision([layer], {path: "bf16"}, {path: "fp8"})
-    for stored in ({}, {path: "int4"}, {"model.layers.1.self_attn.q_proj": "fp8"}):
+    check_precision([layer], {path: Asked("bf16", "fp8")}, "bf16")
+    for stored in ("", "int4"):
         with pytest.raises(EngineError, match="was to compute in bf16, but layer 'fused'"):
-            check_precision([layer], {path: "bf16"}, stored)
+            check_precision([layer], {path: Asked("bf16", stored)}, "bf16")
+    plain = Layer("fused", "runtime_fusion", ["bf16"], ["bf16"], ["bf16"], [path])
+    with pytest.raises(EngineError, match=f"no layer of the plan holds the weight of {path} in fp8"):
+        check_precision([plain], {path: Asked("bf16", "fp8")}, "bf16")
     activations = Layer("fused", "runtime_fusion", ["bf16", "fp8"], ["fp8"], ["bf16"], [path])
     with pytest.raises(EngineError, match="was to compute in bf16, but layer 'fused'"):
-        check_precision([activations], {path: "bf16"}, {path: "fp8"})
+        check_precision([activations], {path: Asked("bf16", "fp8")}, "bf16")
 
 
 def test_stored_types_are_read_off_the_graph(tmp_path: Path) -> None:
     opened = open_model(exported(tmp_path, CHANNEL))
-    stored = layer_table.stored_types(opened.model)
-    assert stored["model.layers.0.feed_forward.gate_proj"] == "fp8"
-    assert "model.layers.0.self_attn.q_proj" not in stored
+    asked = expected_precision(opened.model, "bf16", opened.manifest.precision)
+    assert asked["model.layers.0.feed_forward.gate_proj"] == Asked("bf16", "fp8")
+    assert asked["model.layers.0.self_attn.q_proj"] == Asked("bf16")
+    assert asked["model.layers.1.ShuntyardMoeExperts"] == Asked("bf16", "fp8", 12)
