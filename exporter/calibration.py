@@ -1,7 +1,7 @@
 """``calibration.json``: the largest magnitude that each module's inputs, and each KV cache, are to be rounded within.
 
-``shuntyard calibrate`` writes it (``validate/calibrate.py``). Modules have the checkpoint's names, and each routed expert
-has its own: ``model.layers.N.feed_forward.experts.E.up_proj``. Its input is the token's state times its score.
+``shuntyard calibrate`` writes it (``validate/calibrate.py``). Modules have the checkpoint's names, and routed experts
+one each: ``model.layers.N.feed_forward.experts.E.up_proj``. Its input is the token's state times its score.
 """
 
 from __future__ import annotations

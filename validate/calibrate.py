@@ -18,14 +18,14 @@ from torch import Tensor
 
 import shuntyard
 from shuntyard.engines.text import Tokenizer
-from shuntyard.errors import EngineError, OutputError
+from shuntyard.errors import EngineError, NotFiniteError, OutputError
 from shuntyard.exporter.calibration import Calibration
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import Module, attentions, modules
 from shuntyard.exporter.output import refuse_existing
 from shuntyard.validate import prompts
-from shuntyard.validate.calibrate_ranges import Method, Range
+from shuntyard.validate.calibrate_ranges import HINT_VALUES, Method, Range
 from shuntyard.validate.demo import read_text
 from shuntyard.validate.inputs import LONGEST_WINDOW
 from shuntyard.validate.outputs import write_file
@@ -279,6 +279,8 @@ class _Experts:
     def route(self, router: Any, _arguments: Any, output: Any) -> None:
         """Notes which experts each token goes to, as the router itself finds them."""
         scores, logits = output
+        if not torch.isfinite(logits).all():
+            raise NotFiniteError(f"the reference: {self._module}: the router's logits are not finite", hint=HINT_VALUES)
         chosen = torch.zeros_like(logits, dtype=torch.bool)
         chosen.scatter_(1, torch.topk(logits, router.top_k, dim=1).indices, True)
         if (scores[~chosen] != 0).any():

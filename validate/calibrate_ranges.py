@@ -29,6 +29,8 @@ STEPS = 80
 FRACTIONS = tuple(2.0 ** (-i / 16) for i in range(STEPS + 1))
 """Of the largest magnitude: the clips that ``mse`` tries, down to 1/32. The first of the best is taken."""
 
+HINT_VALUES = "a weight is not finite, or far too large: shuntyard export --check-values finds the first that is not"
+
 PIECE = 2**20
 """Values that are looked at at once."""
 
@@ -80,7 +82,7 @@ class Range:
         if not np.isfinite(largest):
             raise NotFiniteError(
                 f"the reference: '{self.name}' gets values that are not finite",
-                hint="a weight is NaN or too large: shuntyard export --check-values finds the first",
+                hint=HINT_VALUES,
             )
         self.largest, self.count = max(self.largest, largest), self.count + len(magnitudes)
         if self._method.name == "amax":
