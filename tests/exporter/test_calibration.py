@@ -142,4 +142,4 @@ def test_it_is_of_one_checkpoint(tmp_path: Path) -> None:
 
 def test_it_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        Calibration.model_validate(SOUND).tokens = 3  # type: ignore[misc]
+        Calibration.model_validate(SOUND).tokens = 3

@@ -303,7 +303,9 @@ def test_the_miniature() -> None:
 
 def test_one_layer_is_in_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks keep no layer, and ranges of a layer do not outlive it."""
-    load, refs, opened = WatchedReference._load, [], []
+    load = WatchedReference._load
+    refs: list[weakref.ref[Any]] = []
+    opened: list[int] = []
 
     def watched(self: WatchedReference, index: int) -> Any:
         gc.collect()
