@@ -122,7 +122,7 @@ def child(what: str, source: Path, out: Path, workers: int, made_by: str) -> Non
     import torch  # noqa: F401
 
     if made_by == "numpy":
-        mock.patch.object(quantise_stream, "native", lambda: None).start()
+        mock.patch.object(quantise_stream, "native", return_value=None).start()
     elif quantise_native.native() is None:
         raise RuntimeError("install shuntyard again: its compiled loops are not there")
     form = COPIES.get(what, what)

@@ -71,15 +71,15 @@ def _int4(w: NDArray[np.float32], group: int) -> tuple[NDArray[np.int32], NDArra
     best = np.full(largest.shape, np.inf, np.float32)
     scale = np.ones(largest.shape, np.float32)
     for denominator in DENOMINATORS:
-        tried = np.maximum(largest / denominator, LEAST_SCALE).astype(ml_dtypes.bfloat16).astype(np.float32)
-        tried = np.where(largest == 0, np.float32(1), tried)
-        exact = w * (np.float32(1) / tried)[..., None]
+        tried: NDArray[Any] = np.maximum(largest / denominator, LEAST_SCALE)
+        tried = np.where(largest == 0, np.float32(1), tried.astype(ml_dtypes.bfloat16).astype(np.float32))
+        exact: NDArray[Any] = w * (np.float32(1) / tried)[..., None]
         ratio = tried / unit
         error = _sum((exact - _rounded(exact)) ** 2) * (ratio * ratio)
         better = error < best
         best, scale = np.where(better, error, best), np.where(better, tried, scale)
-    codes = _rounded(w / scale[..., None])
-    return _packed(codes.reshape(rows, columns)), scale.astype(ml_dtypes.bfloat16)
+    divided: NDArray[Any] = w / scale[..., None]
+    return _packed(_rounded(divided).reshape(rows, columns)), scale.astype(ml_dtypes.bfloat16)
 
 
 def _rounded(exact: NDArray[np.float32]) -> NDArray[np.float32]:

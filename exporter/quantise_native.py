@@ -38,14 +38,7 @@ class Native:
         self._read.restype = _COUNT
 
     def quantise_rows(
-        self,
-        values: NDArray[Any],
-        how: Quantize,
-        codes: NDArray[Any],
-        scales: NDArray[Any],
-        *,
-        given: bool = False,
-        best: int = AVX512,
+        self, values: NDArray[Any], how: Quantize, codes: NDArray[Any], scales: NDArray[Any], best: int = AVX512
     ) -> None:
         """As ``quantise_stream.quantise_rows``. Each row of ``values`` is contiguous, or each column."""
         item, (rows, columns) = values.dtype.itemsize, values.shape
@@ -58,7 +51,7 @@ class Native:
         if how.form == "group":
             self._int4(*matrix, how.group_size, DENOMINATORS.ctypes.data, len(DENOMINATORS), *made)
         else:
-            self._fp8(*matrix, 0 if how.form == "tensor" else 2 if given else 1, *made)
+            self._fp8(*matrix, int(how.form == "channel"), *made)
 
     def read_rows(self, descriptor: int, offset: int, into: NDArray[np.uint8], stride: int) -> int:
         """Fills rows of ``into``, each of them contiguous, with bytes that lie ``stride`` apart from ``offset`` on.

@@ -32,10 +32,6 @@ _TILE_VALUES = 2**16  # of what numpy quantises at a time, with about ten tempor
 
 _STORED: dict[str, Any] = {"F8_E4M3": np.uint8, "I32": np.int32, "F32": np.float32, "BF16": ml_dtypes.bfloat16}
 
-_BITS: dict[str, Any] = {"BF16": np.uint16, "F32": np.uint32}
-_POSITIVE: dict[str, Any] = {"BF16": np.uint16(0x7FFF), "F32": np.uint32(0x7FFFFFFF)}
-"""Bits of a magnitude: of finite numbers, the larger one has the larger bits."""
-
 
 def quantised(chunk: Chunk, sources: Sources, scratch: Scratch) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Places in the shard, and the bytes that belong there: codes of each band, at last the scales.
@@ -57,73 +53,51 @@ def quantised(chunk: Chunk, sources: Sources, scratch: Scratch) -> Iterator[tupl
         scales[0, 0] = fp8_scale(_largest(chunk, source, sources, scratch))[0]
     most = TURNED_BYTES // np.dtype(_STORED[source]).itemsize if chunk.turned else BAND_VALUES
     bands = -(-chunk.rows // max(1, most // chunk.columns))
-    turned = all(piece.transpose for piece in chunk.blocks)
     for band in chunk.rows_of(-(-chunk.rows // bands)):
+        values = _values(band, source, sources, scratch)
+        codes = scratch.array("codes", band.rows, columns, _STORED[weight.dtype])
         first = band.row - chunk.row
         own = scales if how.form == "tensor" else scales[first : first + band.rows]
-        if turned:
-            largest = scratch.array("largest", 1, band.rows, _BITS[source])[0] if how.form == "channel" else None
-            values = _turned(band, source, sources, scratch, largest)
-            if largest is not None:
-                own[:, 0] = fp8_scale(largest.view(_STORED[source]).astype(np.float32))
-        else:
-            values = _filled(band, source, sources, scratch)
-        codes = scratch.array("codes", band.rows, columns, _STORED[weight.dtype])
-        quantise_rows(values, how, codes, own, given=turned)
+        quantise_rows(values, how, codes, own)
         yield band.place, codes.view(np.uint8).reshape(-1)
     yield chunk.scale_place, scales.view(np.uint8).reshape(-1)
 
 
-def quantise_rows(
-    values: NDArray[Any], how: Quantize, codes: NDArray[Any], scales: NDArray[Any], *, given: bool
-) -> None:
-    """Quantises bf16 or fp32 ``values [rows, columns]`` into ``codes`` and ``scales``; by tensor, or by channel where
-    they are ``given``, with ``scales``.
-    """
+def quantise_rows(values: NDArray[Any], how: Quantize, codes: NDArray[Any], scales: NDArray[Any]) -> None:
+    """Quantises bf16 or fp32 ``values [rows, columns]`` into ``codes`` and ``scales``; by tensor, with ``scales``."""
     if (twin := native()) is not None:
-        twin.quantise_rows(values, how, codes, scales, given=given)
+        twin.quantise_rows(values, how, codes, scales)
         return
     step = max(1, _TILE_VALUES // values.shape[1])
     for row in range(0, len(values), step):
         w = values[row : row + step].astype(np.float32)
-        if how.form == "tensor" or (how.form == "channel" and given):
-            own = scales if how.form == "tensor" else scales[row : row + step]
-            codes[row : row + step] = fp8_codes(w, own).view(np.uint8)
+        if how.form == "tensor":
+            codes[row : row + step] = fp8_codes(w, scales).view(np.uint8)
         else:
             made, scale = quantise_matrix(w, how)
             codes[row : row + step], scales[row : row + step] = made.view(codes.dtype), scale
 
 
-def _filled(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDArray[Any]:
-    """The rectangle's values in ``dtype``, ``[rows, columns]``, all finite."""
-    plain = replace(chunk.target, dtype=dtype, quantize=None)
-    return fill(replace(chunk, target=plain), sources, scratch).view(_STORED[dtype])
-
-
-def _turned(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch, largest: NDArray[Any] | None) -> NDArray[Any]:
-    """The same where all pieces are turned: read as they lie, and a view is returned. The bits of each row's largest
-    magnitude go to ``largest``, while what was read is in the cache.
+def _values(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDArray[Any]:
+    """The rectangle's values in ``dtype``, ``[rows, columns]``, all finite. Where all of it is turned, they are read as
+    they lie, and what is returned is a view.
     """
-    values: NDArray[Any] = scratch.array("out", chunk.columns, chunk.rows, _BITS[dtype], apart=True)
-    if largest is not None:
-        largest[:] = 0
+    if not all(piece.transpose for piece in chunk.blocks):
+        plain = replace(chunk.target, dtype=dtype, quantize=None)
+        return fill(replace(chunk, target=plain), sources, scratch).view(_STORED[dtype])
+    bits = np.uint16 if dtype == "BF16" else np.uint32
+    values: NDArray[Any] = scratch.array("out", chunk.columns, chunk.rows, bits, apart=True)
     for piece, (row, last_row, _, _), at in parts_of(chunk):
         lying = replace(piece, transpose=False)
         target = Target(chunk.target.name, dtype, lying.shape, ((lying,),))
         part = Chunk(target, (lying,), row, last_row - row, chunk.row, chunk.rows, 0, 0)
-        for band in part.rows_of(max(1, BAND_VALUES // chunk.rows)):
-            own = values[at + band.row - row :][: band.rows]
-            fill_into(own, band, sources, scratch)
-            if largest is not None:
-                magnitudes = scratch.array("magnitudes", band.rows, chunk.rows, _BITS[dtype])
-                np.bitwise_and(own, _POSITIVE[dtype], out=magnitudes)
-                np.maximum(largest, magnitudes.max(axis=0), out=largest)
+        fill_into(values[at : at + last_row - row], part, sources, scratch)
     return values.T.view(_STORED[dtype])
 
 
 def _largest(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> NDArray[np.float32]:
     """The largest magnitude of a whole matrix, ``[1]``."""
-    bits, positive = _BITS[dtype], int(_POSITIVE[dtype])
+    bits, positive = (np.uint16, 0x7FFF) if dtype == "BF16" else (np.uint32, 0x7FFFFFFF)
     largest = 0
     for piece in chunk.blocks:
         lying = replace(piece, transpose=False)
@@ -131,7 +105,7 @@ def _largest(chunk: Chunk, dtype: str, sources: Sources, scratch: Scratch) -> ND
         target = Target(chunk.target.name, dtype, lying.shape, ((lying,),))
         whole = Chunk(target, (lying,), 0, rows, 0, columns, 0, 0)
         for band in whole.rows_of(max(1, BAND_VALUES // columns)):
-            values = _filled(band, dtype, sources, scratch)
+            values = _values(band, dtype, sources, scratch)
             # Of finite numbers, the larger magnitude has the larger bits; two maxima are cheaper than a copy.
             above = int(values.view(np.int16 if dtype == "BF16" else np.int32).max())
             largest = max(largest, above, int(values.view(bits).max()) & positive)
