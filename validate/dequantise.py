@@ -95,7 +95,7 @@ class _Weight:
                 continue
             own = scale[index[0]] if scale.numel() > 1 else scale
             into[index[:1] if self.packed else index] = (
-                _int4(numbers, own) if self.packed else numbers.float() * _against(own, numbers)
+                unpacked_int4(numbers, own) if self.packed else numbers.float() * _against(own, numbers)
             )
 
 
@@ -281,7 +281,7 @@ def _against(scale: Tensor, tensor: Tensor) -> Tensor:
     return scale.float().reshape(-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else scale.float().reshape(())
 
 
-def _int4(packed: Tensor, scale: Tensor) -> Tensor:
+def unpacked_int4(packed: Tensor, scale: Tensor) -> Tensor:
     """compressed-tensors' ``pack-quantized``: nibble ``i`` of an int32 is value ``i``, less 8."""
     columns = [(packed >> 4 * i) & 0xF for i in range(8)]
     values = torch.stack(columns, dim=2).flatten(1).float() - 8

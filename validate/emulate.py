@@ -1,0 +1,453 @@
+"""The eager model with every module as a precision says, its weights quantised in memory: what a recipe would compute.
+
+Values are read by the safetensors library and dequantised in torch, apart from the exporter; what it says of them is
+where they lie and what they declare. The arithmetic of quantised products is that of ``plugins/contract.py``: e4m3
+numbers summed in fp32, then scaled once; weights alone are dequantised and rounded to the compute type.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import ml_dtypes
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.exporter.activations import attach_activations
+from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
+from shuntyard.exporter.config import Llama4Config
+from shuntyard.exporter.modules import EXPERTS, Module, modules
+from shuntyard.exporter.parameters import kind_of, layer_weights
+from shuntyard.exporter.precision import products_of
+from shuntyard.exporter.quantise import quantise_matrix
+from shuntyard.exporter.quantise_stream import quantise_rows
+from shuntyard.exporter.recipe import PLAIN, STORED, Precision, Resolved
+from shuntyard.exporter.rewrite_request import Quantize
+from shuntyard.exporter.safetensors_header import TensorEntry
+from shuntyard.exporter.weights import EXPERT_PARTS, Stored, Weights, match_weights
+from shuntyard.validate.dequantise import unpacked_int4
+from shuntyard.validate.eager import TORCH_TYPES, EagerStack, eager_label
+
+DECLARED = Precision(STORED, activations="declared")
+"""As the checkpoint stores the module, its activations as it declares them."""
+
+KEPT_BYTES = 2**30
+"""Prepared modules that are kept for the next who asks, at most."""
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+CacheScales = tuple[float, ...]
+"""One number, or one for each key/value head."""
+
+
+class Scales(Protocol):
+    """What a calibration gives (``exporter/calibration.py``)."""
+
+    def scale(self, module: str) -> float:
+        """Of the inputs of a module, or of one expert's matrix: ``...experts.3.up_proj``."""
+
+    def cache_scale(self, attention: str, part: Literal["keys", "values"]) -> float:
+        """Of the KV cache of ``model.layers.N.self_attn``."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix ``[out, in]`` as numbers and scale, and how what it multiplies is rounded.
+
+    ``numbers``: plain values, e4m3 ones, or with ``group_size`` int32 ``[out, in / 8]`` of eight INT4 values each.
+    ``input_scale``: of activations that are ``static``.
+    """
+
+    numbers: Tensor
+    scale: Tensor | None = None
+    group_size: int = 0
+    activations: str = "none"  # none, static, dynamic
+    input_scale: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """Its values in fp32."""
+        if self.scale is None:
+            return self.numbers.float()
+        if self.group_size:
+            return unpacked_int4(self.numbers, self.scale)
+        return self.numbers.float() * self.scale.float().reshape(-1, 1)
+
+
+def quantised(value: Tensor, precision: Precision) -> Matrix:
+    """fp32 ``value [out, in]`` in the weights of a precision: the numbers that ``exporter/quantise.py`` defines."""
+    if precision.weights in PLAIN:
+        return Matrix(value.to(_TYPES[precision.weights]))
+    how = Quantize(cast(Any, precision.granularity), precision.group_size, "")
+    w = np.ascontiguousarray(value.numpy())
+    if how.form == "tensor":
+        codes, scale = quantise_matrix(w, how)
+        codes = codes.view(np.uint8)
+    else:
+        rows, columns = w.shape
+        is_int4 = how.form == "group"
+        codes = np.empty((rows, columns // 8), np.int32) if is_int4 else np.empty((rows, columns), np.uint8)
+        scale = np.empty(how.scale_shape(rows, columns), np.uint16 if is_int4 else np.float32)
+        quantise_rows(w, how, codes, scale.view(ml_dtypes.bfloat16) if is_int4 else scale)
+    if how.form == "group":
+        return Matrix(torch.from_numpy(codes), torch.from_numpy(scale).view(torch.bfloat16), precision.group_size)
+    return Matrix(torch.from_numpy(codes).view(torch.float8_e4m3fn), torch.from_numpy(scale))
+
+
+class _Linear:
+    """A product of quantised rows, or one in a type of its own."""
+
+    def __init__(self, matrix: Matrix, dtype: torch.dtype | None) -> None:
+        self._activations, self._dtype = matrix.activations, dtype
+        self._input_scale = matrix.input_scale
+        if matrix.activations == "none":
+            assert dtype is not None
+            self.weight, self._scale = matrix.value().to(dtype), torch.ones(1)
+        else:
+            assert matrix.scale is not None
+            self.weight, self._scale = matrix.numbers.float(), matrix.scale.float().reshape(-1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` -> ``[..., out]`` of its type."""
+        if self._activations == "none":
+            return (x.to(self._dtype) @ self.weight.T).to(x.dtype)
+        codes, factor = torch.ops.shuntyard.quantize(x, self._input_scale)
+        rows: Tensor = codes @ self.weight.T * factor * self._scale
+        return rows.to(x.dtype)
+
+
+class _Experts:
+    """The routed experts of a layer: gate, up and down, all experts of each."""
+
+    def __init__(self, matrices: list[Matrix], config: Llama4Config, dtype: torch.dtype, own: torch.dtype) -> None:
+        self._top_k, self._experts, self._own = config.num_experts_per_tok, config.num_local_experts, own
+        self._activations = matrices[0].activations
+        if self._activations == "none":
+            # As the op does it: dequantised, then rounded to the type of x. Here it is done once.
+            self.weights = [matrix.value().to(own) for matrix in matrices]
+            self._scales: list[Tensor] = []
+            self._inputs: list[Tensor] = []
+        else:
+            self.weights = [matrix.numbers for matrix in matrices]
+            self._scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
+            self._inputs = [matrix.input_scale for matrix in matrices if matrix.input_scale is not None]
+
+    def __call__(self, x: Tensor, scores: Tensor, offsets: Tensor, permutation: Tensor) -> Tensor:
+        """As ``moe_experts``: ``x [T, H]`` -> ``rows [T * K, H]``."""
+        lists = (self.weights, self._scales, self._inputs)
+        form = (self._top_k, self._experts, "linear", 0, self._activations)
+        own = x.to(self._own) if self._activations == "none" else x
+        rows: Tensor = torch.ops.shuntyard.moe_experts(own, scores, offsets, permutation, *lists, *form)
+        return rows.to(x.dtype)
+
+
+class _Cache:
+    """What an FP8 cache gives back of keys or values ``[B, S, G, D]``, in their type."""
+
+    def __init__(self, scales: CacheScales) -> None:
+        self._scales = [torch.tensor([scale], dtype=torch.float32) for scale in scales]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = x.split(1, dim=2) if len(self._scales) > 1 else (x,)
+        found = [torch.ops.shuntyard.quantize(part, s) for part, s in zip(parts, self._scales, strict=True)]
+        return torch.cat([(codes * factor).to(x.dtype) for codes, factor in found], dim=2)
+
+
+class Numbers:
+    """A checkpoint's matrices as they are stored, one at a time.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, or contradicts itself.
+        UnsupportedError: it holds something that is not understood.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.config = self.checkpoint.config
+        self.weights = match_weights(self.checkpoint, alike=False)
+        self._attached: Weights | None = None
+
+    def declared(self) -> Weights:
+        """The weights with their activations; see ``attach_activations`` for what it raises."""
+        if self._attached is None:
+            self._attached = attach_activations(self.weights, self.checkpoint)
+        return self._attached
+
+    def stored(self, module: Module, *, declared: bool = False) -> list[Stored]:
+        """What a module lies in: one for a Linear, all parts for experts."""
+        weights = self.declared() if declared else self.weights
+        if module.kind == "experts":
+            assert module.layer is not None
+            return list(weights.experts[module.layer].parts)
+        return [weights.linears[f"{module.name}.weight"]]
+
+    def matrices(self, module: Module, *, declared: bool = False) -> list[Matrix]:
+        """A module's matrices ``[out, in]``; of experts gate, up and down, all experts of each."""
+        parts = self.stored(module, declared=declared)
+        if module.kind != "experts" or len(parts) > 2:
+            return [_matrix(stored, module.shapes[0] if module.kind != "experts" else None) for stored in parts]
+        gate_up, down = parts
+        count, width = module.copies, module.shapes[0][0]
+        both = [_matrix(gate_up, None, e) for e in range(count)]
+        gates = [replace(matrix, numbers=matrix.numbers[:width]) for matrix in both]
+        ups = [replace(matrix, numbers=matrix.numbers[width:]) for matrix in both]
+        return [*gates, *ups, *(_matrix(down, None, e) for e in range(count))]
+
+    def plain(self, name: str) -> Tensor:
+        """A vector, bias or router as it is stored, in fp32."""
+        return _matrix(self.weights.linears[name], None).value()
+
+    def nbytes(self, module: Module) -> tuple[int, int]:
+        """Bytes of a module's weights, and of their scales, in the files."""
+        parts = self.stored(module)
+        return sum(part.entry.nbytes for part in parts), sum(part.scale.nbytes for part in parts if part.scale)
+
+    def number(self, *names: str) -> tuple[float, ...] | None:
+        """The values of the first of these tensors that is there: scales of activations and caches."""
+        for name in names:
+            if (entry := self.checkpoint.tensors.get(name)) is not None:
+                values = tuple(float(value) for value in _read(entry).float().reshape(-1))
+                if not all(0 < value < float("inf") for value in values):
+                    raise CheckpointError(
+                        f"{entry.file}: tensor '{entry.name}' holds {min(values)}: a scale is a positive number",
+                        hint="the checkpoint is damaged, or was not calibrated",
+                    )
+                return values
+        return None
+
+
+def _read(entry: TensorEntry, index: int | None = None) -> Tensor:
+    with safe_open(entry.file, framework="pt") as stream:
+        if index is None:
+            return cast(Tensor, stream.get_tensor(entry.name).clone())
+        return cast(Tensor, stream.get_slice(entry.name)[index : index + 1][0].clone())
+
+
+def _matrix(stored: Stored, shape: tuple[int, int] | None, index: int | None = None) -> Matrix:
+    """What is stored; one expert of a stack ``[E, in, out]`` as ``[out, in]``."""
+    numbers = _read(stored.entry, index)
+    if index is not None:
+        numbers = numbers.T
+    scale = None if stored.scale is None else _read(stored.scale)
+    inputs = None if stored.input_scale is None else _read(stored.input_scale).float().reshape(1)
+    wide = numbers if numbers.dtype == torch.int32 else numbers.float()
+    if not bool(wide.isfinite().all()) or (scale is not None and not bool(scale.float().isfinite().all())):
+        raise CheckpointError(
+            f"{stored.entry.file}: tensor '{stored.entry.name}' holds values that are not finite",
+            hint="the checkpoint is damaged; download it again",
+        )
+    assert shape is None or stored.elements == shape[0] * shape[1]
+    return Matrix(numbers, scale, stored.group_size, stored.activations, inputs)
+
+
+class Preparer:
+    """Makes modules of a checkpoint ready to compute, in any precision, and keeps as many as fit.
+
+    Args:
+        numbers: the checkpoint.
+        dtype: what the model computes in: "fp32", "fp16", "bf16".
+        scales: for static activations and FP8 caches that the checkpoint has no scale for.
+        where: what is named where such a scale is missing.
+    """
+
+    def __init__(self, numbers: Numbers, dtype: str = "fp32", scales: Scales | None = None, where: str = "") -> None:
+        self.numbers, self.config, self.dtype = numbers, numbers.config, TORCH_TYPES[dtype]
+        self.modules = {module.name: module for module in modules(self.config)}
+        self._scales, self.where = scales, where or str(numbers.checkpoint.path)
+        self._kept: OrderedDict[tuple[str, Precision, str | None], Any] = OrderedDict()
+        self._sizes: dict[tuple[str, Precision, str | None], int] = {}
+
+    def product(self, name: str, precision: Precision, product: str | None = None) -> Any:
+        """What takes a module's place among the model's weights: a tensor, or what ``model.linear`` calls.
+
+        ``product`` is the type that a plain module's product is computed in, where it is not the model's.
+        """
+        key = (name, precision, product)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = self._make(self.modules[name], precision, product)
+        own = made if isinstance(made, Tensor) else made.weight if isinstance(made, _Linear) else None
+        size = own.nbytes if own is not None else sum(weight.nbytes for weight in made.weights)
+        self._kept[key], self._sizes[key] = made, size
+        while len(self._kept) > 1 and sum(self._sizes.values()) > KEPT_BYTES:
+            old, _ = self._kept.popitem(last=False)
+            del self._sizes[old]
+        return made
+
+    def _make(self, module: Module, precision: Precision, product: str | None) -> Any:
+        matrices = self._rounded(module, precision)
+        own = TORCH_TYPES[product] if product else self.dtype
+        if module.kind == "experts":
+            return _Experts(matrices, self.config, self.dtype, own)
+        (matrix,) = matrices
+        if matrix.activations == "none" and own == self.dtype:
+            return matrix.value().to(self.dtype)
+        return _Linear(matrix, own)
+
+    def _rounded(self, module: Module, precision: Precision) -> list[Matrix]:
+        declared = precision == DECLARED
+        matrices = self.numbers.matrices(module, declared=declared)
+        if module.is_fixed or declared or precision.weights == STORED:
+            return matrices
+        parts = self.numbers.stored(module)
+        # What is stored in the form that is asked for keeps its numbers.
+        same = all(p.form == precision.granularity and p.group_size == precision.group_size for p in parts)
+        if not (precision.granularity and same):
+            matrices = [quantised(matrix.value(), precision) for matrix in matrices]
+        activations = precision.activations.removeprefix("fp8-")
+        if activations != "static":
+            return [replace(matrix, activations=activations) for matrix in matrices]
+        names = [module.name]
+        if module.kind == "experts":
+            names = [f"{module.name}.{e}.{part}" for part in EXPERT_PARTS for e in range(module.copies)]
+        return [
+            replace(matrix, activations=activations, input_scale=self._input_scale(name))
+            for name, matrix in zip(names, matrices, strict=True)
+        ]
+
+    def _input_scale(self, name: str) -> Tensor:
+        """The file's own scale, else the calibration's."""
+        names = [f"{name}.input_scale"]
+        if EXPERTS in name:
+            module = name.split(f"{EXPERTS}.", 1)[0]
+            fused = "down_proj" if name.endswith("down_proj") else "gate_up_proj"
+            names.append(f"{module}{EXPERTS}.{fused}_input_scale")
+        own = self.numbers.number(*names)
+        found = own[0] if own is not None else self._calibrated(name).scale(name)
+        return torch.tensor([found], dtype=torch.float32)
+
+    def _calibrated(self, name: str) -> Scales:
+        if self._scales is None:
+            raise UnsupportedError(
+                f"{self.where}: '{name}' needs a scale, and there is no calibration",
+                hint="shuntyard calibrate CKPT OUT --text FILE makes one; give it by --calibration OUT",
+            )
+        return self._scales
+
+    def cache(self, attention: str) -> dict[str, Any]:
+        """What goes beside an attention's weights where its cache is FP8."""
+        found: dict[str, Any] = {}
+        for part, kind in (("k", "keys"), ("v", "values")):
+            own = self.numbers.number(f"{attention}.{part}_scale", f"{attention}.{part}_proj.{part}_scale")
+            if own is None:
+                own = (self._calibrated(attention).cache_scale(attention, cast(Any, kind)),)
+            found[f"self_attn.{part}_cache"] = _Cache(own)
+        return found
+
+
+class Emulation:
+    """A checkpoint's weights as the model takes them, with each module as a map says; see ``eager.WeightSource``.
+
+    Modules that the map leaves out are as they are stored. ``kv_cache`` says "fp8" of attentions whose cache is.
+    ``products`` are types that plain modules compute in, where it is not the model's.
+    """
+
+    def __init__(
+        self,
+        preparer: Preparer,
+        precision: Mapping[str, Precision],
+        kv_cache: Mapping[str, str] | None = None,
+        products: Mapping[str, str] | None = None,
+    ) -> None:
+        self.preparer, self.precision = preparer, precision
+        self._kv_cache, self._products = kv_cache or {}, products or {}
+
+    def outer(self, name: str) -> Tensor:
+        """The embedding, the last norm, or the head."""
+        module = name.removesuffix(".weight")
+        if module not in self.preparer.modules:
+            return self.preparer.numbers.plain(name)
+        return cast(Tensor, self._module(module))
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A layer's parameters, by their names below ``model.layers.INDEX.``."""
+        config, prefix = self.preparer.config, f"model.layers.{index}."
+        found: dict[str, Any] = {}
+        for name, shape in layer_weights(config, kind_of(config, index)).items():
+            if name.startswith("feed_forward.experts."):
+                found["feed_forward.experts"] = self._module(f"{prefix}feed_forward.experts")
+            elif len(shape) == 2 and not name.endswith(".router.weight"):
+                found[name] = self._module(prefix + name.removesuffix(".weight"))
+            else:
+                found[name] = self.preparer.numbers.plain(prefix + name)
+        if self._kv_cache.get(f"{prefix}self_attn") == "fp8":
+            found |= self.preparer.cache(f"{prefix}self_attn")
+        return found
+
+    def key(self, layer: int | None) -> tuple[Any, ...]:
+        """Emulations of one checkpoint with the same key of a layer have the same layer; None: outside the layers."""
+        own = [module.name for module in self.preparer.modules.values() if module.layer == layer]
+        cache = "" if layer is None else self._kv_cache.get(f"model.layers.{layer}.self_attn", "")
+        return (*((self.precision.get(n), self._products.get(n)) for n in own), cache == "fp8")
+
+    def _module(self, name: str) -> Any:
+        return self.preparer.product(name, self.precision.get(name, Precision()), self._products.get(name))
+
+
+def emulation_of(preparer: Preparer, resolved: Resolved) -> Emulation:
+    """What a recipe would make of a checkpoint; of ``stored``, what the checkpoint declares."""
+    if not resolved.recipe.rules:
+        return Emulation(preparer, dict.fromkeys(resolved.precision, DECLARED), resolved.kv_cache)
+    return Emulation(preparer, resolved.precision, resolved.kv_cache, products_of(resolved))
+
+
+class EmulatedStack(EagerStack):
+    """A recipe, or what a directory declares, as a stack: our eager model with its modules so."""
+
+    def __init__(self, emulation: Emulation, dtype: str, what: str) -> None:
+        super().__init__(emulation.preparer.numbers.checkpoint.path, dtype, emulation)
+        self.label = f"{eager_label()}, {what}"
+
+    @classmethod
+    def of_recipe(
+        cls, checkpoint: Path, resolved: Resolved, scales: Scales | None = None, dtype: str = "fp32"
+    ) -> EmulatedStack:
+        """What a recipe would make of a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is broken, or a scale in it is no positive number.
+            UnsupportedError: something in it is not understood, or a scale is missing; the layer that needs it says so.
+        """
+        preparer = Preparer(Numbers(checkpoint), dtype, scales, resolved.recipe.where)
+        return cls(emulation_of(preparer, resolved), dtype, f"by recipe {resolved.recipe.name}")
+
+    @classmethod
+    def as_declared(
+        cls,
+        directory: Path,
+        dtype: str = "fp32",
+        *,
+        activations: bool = True,
+        kv_cache: bool = True,
+        products: Mapping[str, str] | None = None,
+    ) -> EmulatedStack:
+        """A checkpoint or model directory as it is: weights as they are stored, the rest as it declares it.
+
+        Args:
+            directory: the checkpoint or model directory.
+            dtype: what is computed in.
+            activations: whether inputs are rounded as they are declared to be; else they are left as they are.
+            kv_cache: whether a cache that is declared FP8 is.
+            products: types that plain modules compute in, by module, where it is not ``dtype``.
+
+        Raises:
+            CheckpointError: the checkpoint is broken, or a scale is missing or no positive number.
+            UnsupportedError: something in it is not understood.
+        """
+        numbers = Numbers(directory)
+        quantization = numbers.checkpoint.quantization
+        layers = range(numbers.config.num_hidden_layers)
+        caches = kv_cache and quantization is not None and quantization.kv_cache
+        kinds = {f"model.layers.{i}.self_attn": "fp8" if caches else "compute" for i in layers}
+        how = DECLARED if activations else Precision()
+        if activations:
+            numbers.declared()  # refuses now what cannot be carried out
+        own = Emulation(Preparer(numbers, dtype), {m.name: how for m in modules(numbers.config)}, kinds, products)
+        return cls(own, dtype, "as declared" if activations else "as stored")
