@@ -156,6 +156,8 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
             "backend onnxruntime: its CPU provider cannot compute in bf16",
             hint="give --dtype fp32 (or fp16): the model directory serves all, its weights keep their type",
         )
+    if request.backend != "onnxruntime":
+        _check_precision(opened, dtype)
     limits = _limits(opened.config, request)
     with output_directory(out) as directory:
         weights = match_weights(opened.checkpoint)
@@ -189,6 +191,9 @@ def build(model_path: Path, out: Path, request: Request, report: Reporter | None
             limits=limits,
             cache=_cache_shapes(opened.config, limits),
             precision=facts.precision,
+            modules=opened.manifest.precision,
+            recipe=opened.manifest.recipe,
+            fp8_kv_cache=opened.manifest.fp8_kv_cache,
             marked=facts.marked,
             checkpoint_fingerprint=opened.manifest.checkpoint_fingerprint,
             rewritten_from=opened.manifest.rewritten_from,
@@ -230,6 +235,27 @@ def _check_request(request: Request) -> None:
         if value is not None and value < 1:
             raise UnsupportedError(
                 f"{name} is {value}, must be at least 1", hint="it is a number of sequences or tokens"
+            )
+
+
+def _check_precision(opened: Opened, dtype: str) -> None:
+    """Refuses what TensorRT would build otherwise than the recipe asks for."""
+    manifest = opened.manifest
+    if manifest.fp8_kv_cache:
+        raise UnsupportedError(
+            f"{opened.path}: the KV cache of layer {manifest.fp8_kv_cache[0]} is to be FP8, which TensorRT's cache "
+            "update does not take",
+            hint="leave kv_cache out of the recipe; the backend onnxruntime computes with such a cache's numbers",
+        )
+    if manifest.recipe is None or not manifest.recipe.sha256:
+        return
+    for name, own in manifest.precision.items():
+        plain = not own.granularity and not name.endswith((".router", "embed_tokens"))
+        if plain and not own.product and own.weights != dtype:
+            raise UnsupportedError(
+                f"{opened.path}: recipe '{manifest.recipe.name}' asks for {own.weights} in '{name}', which an engine "
+                f"of --dtype {dtype} would compute in {dtype}",
+                hint=f"give --dtype {own.weights}",
             )
 
 

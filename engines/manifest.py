@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shuntyard.errors import EngineError
-from shuntyard.exporter.export import MANIFEST_NAME, read_manifest
+from shuntyard.exporter.export import MANIFEST_NAME, RecipeRecord, read_manifest
+from shuntyard.exporter.precision import ModulePrecision
 from shuntyard.plugins.library import BuildInfo
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -68,6 +69,9 @@ class EngineManifest(_Strict):
     cache: list[CacheShape]
     marked: list[str] = []  # values in between that are outputs too: an engine to look into, not to use
     precision: dict[str, str]  # product, attention or plugin, by its path in the model -> compute type
+    modules: dict[str, ModulePrecision]  # what was asked of each module
+    recipe: RecipeRecord | None  # by which it was asked
+    fp8_kv_cache: list[int]  # layers whose keys and values are rounded to FP8 numbers
     checkpoint_fingerprint: str  # of the headers
     rewritten_from: str | None  # fingerprint of the checkpoint that these weights were rewritten from
     checkpoint_sha256: dict[str, str]  # of each shard's content

@@ -50,8 +50,32 @@ def attach_activations(weights: Weights, checkpoint: Checkpoint) -> Weights:
                 hint=_NOT_ASKED,
             )
         experts[layer] = Experts(own.form._replace(activations=kinds.pop()).check(), parts)
+    kv_scales = dict(_kv_scales(checkpoint, used)) if quantization.kv_cache else {}
     waived = [name for name in weights.waived if name not in used]
-    return Weights(linears, experts, waived, weights.tensors + len(used))
+    return Weights(linears, experts, waived, weights.tensors + len(used), kv_scales)
+
+
+def _kv_scales(checkpoint: Checkpoint, used: set[str]) -> Iterator[tuple[int, tuple[TensorEntry, TensorEntry]]]:
+    """The scales of the KV caches; a layer that has none keeps its cache in the compute type."""
+    for layer in range(checkpoint.config.num_hidden_layers):
+        attention = f"model.layers.{layer}.self_attn"
+        found = {
+            part: name
+            for part in ("k", "v")
+            for name in (f"{attention}.{part}_scale", f"{attention}.{part}_proj.{part}_scale")
+            if name in checkpoint.tensors
+        }
+        if len(found) == 1:
+            raise CheckpointError(
+                f"{checkpoint.path}: '{attention}' has a scale for {'keys' if 'k' in found else 'values'} alone",
+                hint="the checkpoint was not calibrated; " + _NOT_ASKED,
+            )
+        if found:
+            keys, values = (checkpoint.tensors[found[part]] for part in ("k", "v"))
+            for entry in (keys, values):
+                _check_scale(entry)
+            used |= set(found.values())
+            yield layer, (keys, values)
 
 
 def _names(module: str, experts: Experts) -> Iterator[str]:
@@ -96,8 +120,8 @@ def _attach(stored: Stored, module: str, quantization: Quantization, checkpoint:
 def _check_scale(entry: TensorEntry) -> None:
     if entry.dtype not in WEIGHT_DTYPES or math.prod(entry.shape) != 1:
         raise UnsupportedError(
-            f"{entry.file}: tensor '{entry.name}' is {entry.dtype} {list(entry.shape)}; a scale for activations is one "
-            "number",
+            f"{entry.file}: tensor '{entry.name}' is {entry.dtype} {list(entry.shape)}; a scale for activations or "
+            "a KV cache is one number",
             hint=_NOT_ASKED,
         )
     value = float(read_values(entry).reshape(-1)[0])

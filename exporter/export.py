@@ -64,6 +64,7 @@ class ModelManifest(BaseModel):
     rewritten_from: str | None = None  # fingerprint of the checkpoint that the weights were rewritten from
     recipe: RecipeRecord | None = None
     precision: dict[str, ModulePrecision]  # of every module, by its name
+    fp8_kv_cache: list[int] = []  # layers whose keys and values are rounded to FP8 numbers
     graph_sha256: str
     shards: dict[str, int]
     tensors: int
@@ -207,7 +208,7 @@ class _Asked:
         except (CheckpointError, UnsupportedError):
             return None
         found = precision_of(attached, self._checkpoint.config, self.products)
-        return None if differences(self._resolved, found) else attached
+        return None if differences(self._resolved, found, attached.kv_scales) else attached
 
     def remarks(self) -> list[str]:
         """What who exports should know."""
@@ -246,7 +247,8 @@ class _Asked:
         if self._resolved is None:
             return weights
         weights = attach_activations(weights, rewritten)
-        if wrong := differences(self._resolved, precision_of(weights, rewritten.config, self.products)):
+        found = precision_of(weights, rewritten.config, self.products)
+        if wrong := differences(self._resolved, found, weights.kv_scales):
             raise AssertionError(f"{wrong[0]} (of {len(wrong)})")
         return weights
 
@@ -279,6 +281,7 @@ def _write_graph(
         shards={header.file.name: header.file_bytes for header in checkpoint.headers},
         tensors=weights.tensors,
         precision=precision_of(weights, checkpoint.config, products),
+        fp8_kv_cache=sorted(weights.kv_scales),
         **facts,
     )
     (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

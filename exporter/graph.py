@@ -35,6 +35,8 @@ from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.parameters import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
 from shuntyard.exporter.storage import (
+    CACHE_SCALES,
+    EXPERTS_NODE,
     Storage,
     apply_storage,
     functions_of,
@@ -163,17 +165,21 @@ class _Assembly:
         outputs: list[ir.Value],
         linears: dict[str, Stored] | None = None,
         experts: Experts | None = None,
+        kv_scales: tuple[TensorEntry, TensorEntry] | None = None,
     ) -> None:
         """Calls the function ``part`` as the node ``name``; the weights follow the inputs, as they are stored."""
         linears = linears or {}
         modules = {own: name if own == "lm_head.weight" else f"{name}.{own.removesuffix('.weight')}" for own in linears}
+        if experts is not None:
+            modules[EXPERTS_NODE] = f"{name}.{EXPERTS_NODE}"
         products = {own: self.products[module] for own, module in modules.items() if module in self.products}
-        storage = storage_of(linears, experts, products)
+        storage = storage_of(linears, experts, products, fp8_cache=kv_scales is not None)
         function = self.functions.get(part, storage, make)
         given: dict[str, TensorEntry] = {}
         for own, stored in linears.items():
             names = (own, scale_name(own), input_scale_name(own))
             given |= dict(zip(names, stored.entries(), strict=False))
+        given |= dict(zip(CACHE_SCALES, kv_scales or (), strict=False))
         if experts is not None:
             form, prefix = experts.form, "feed_forward.experts"
             given |= {f"{prefix}.{n}": p.entry for n, p in zip(form.weight_names, experts.parts, strict=True)}
@@ -217,6 +223,7 @@ class _Assembly:
             outputs,
             own,
             self.weights.experts.get(i),
+            self.weights.kv_scales.get(i),
         )
         self.outputs += present
         return out

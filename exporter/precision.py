@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -80,8 +80,8 @@ def products_of(resolved: Resolved) -> dict[str, str]:
     }
 
 
-def differences(resolved: Resolved, found: Mapping[str, ModulePrecision]) -> list[str]:
-    """Modules that are not what a recipe asked for, in words; there are none unless the writing is at fault."""
+def differences(resolved: Resolved, found: Mapping[str, ModulePrecision], fp8_caches: Collection[int]) -> list[str]:
+    """Modules and KV caches that are not what a recipe asked for, in words: there are none, or the writing is at fault."""
     products, wrong = products_of(resolved), []
     for name, asked in resolved.precision.items():
         is_plain = asked.weights in PLAIN
@@ -96,6 +96,9 @@ def differences(resolved: Resolved, found: Mapping[str, ModulePrecision]) -> lis
             got = got._replace(group_size=0)
         if asked.weights != STORED and (got != asked or own.product != products.get(name, "")):
             wrong.append(f"{name} was to be {asked}, and is {own}")
+    for layer, (name, asked_cache) in enumerate(resolved.kv_cache.items()):
+        if (asked_cache == "fp8") != (layer in fp8_caches):
+            wrong.append(f"the KV cache of {name} was to be {asked_cache}, and is not")
     return wrong
 
 

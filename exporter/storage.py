@@ -4,7 +4,8 @@ A function is traced with plain weights, experts fused. Case 1, a quantised matr
 it, and a ``ShuntyardDequantize`` stands where the weight was used. Case 2, its activations are quantised too: a
 ``ShuntyardQuantize`` stands before the product, which is then one of e4m3 numbers in fp32, scaled behind it. Case 3, a
 product that is to be computed in a type of its own: casts stand around it. Case 4, experts in another form: the inputs
-of the function and of its experts node become the lists of that form; the experts op takes all forms itself.
+of the function and of its experts node become the lists of that form; the experts op takes all forms itself. Case 5, an
+FP8 KV cache: keys and values are rounded to e4m3 numbers, times their scale, before they are cached.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from shuntyard.exporter.weights import Experts, Stored, Weights
-from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, QUANTIZE, ExpertsForm, Op
+from shuntyard.plugins.contract import CACHED_ATTENTION, DEQUANTIZE, DOMAIN, EXPERTS, QUANTIZE, ExpertsForm, Op
 from shuntyard.plugins.functions import all_functions
 
 FUSED_EXPERTS = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 """The inputs of a traced function that become the lists of the experts' form."""
+
+EXPERTS_NODE = "feed_forward.experts"
+"""The experts of a layer, among its weights."""
 
 _WORDS = {"none": "", "tensor": "Fp8", "channel": "Fp8", "group": "Int4"}
 _ACTIVATIONS = {"none": "", "static": "Static", "dynamic": "Dynamic"}
@@ -53,6 +57,8 @@ class Storage:
 
     linears: tuple[Linear, ...] = ()
     experts: ExpertsForm | None = None
+    experts_product: str = ""  # fp32, fp16, or empty: the engine's type
+    fp8_cache: bool = False
 
     @property
     def suffix(self) -> str:
@@ -61,19 +67,24 @@ class Storage:
         if self.experts is not None:
             layout = "" if self.experts.layout == "fused" else self.experts.layout.title()
             words = layout + _WORDS[self.experts.quantization] + _ACTIVATIONS[self.experts.activations]
+            words += self.experts_product.title()
         if self.linears:
             words += "On" + "And".join(dict.fromkeys(own.words for own in self.linears))
-        return words
+        return words + ("Fp8Cache" if self.fp8_cache else "")
 
 
 def storage_of(
-    weights: Mapping[str, Stored], experts: Experts | None, products: Mapping[str, str] | None = None
+    weights: Mapping[str, Stored],
+    experts: Experts | None,
+    products: Mapping[str, str] | None = None,
+    *,
+    fp8_cache: bool = False,
 ) -> Storage:
     """The storage of a function's weights, by the names of its inputs; ``products``: those of a type of their own."""
     products = products or {}
     linears = (Linear(n, s.form, s.group_size, s.activations, products.get(n, "")) for n, s in weights.items())
     kept = tuple(own for own in linears if own.form != "none" or own.product)
-    return Storage(kept, None if experts is None else experts.form)
+    return Storage(kept, None if experts is None else experts.form, products.get(EXPERTS_NODE, ""), fp8_cache)
 
 
 def scale_name(name: str) -> str:
@@ -98,6 +109,10 @@ def apply_storage(function: ir.Function, storage: Storage) -> None:
             _compute_in(function, linear)
     if storage.experts is not None:
         _give_experts(function, storage.experts)
+        if storage.experts_product:
+            _compute_experts_in(function, storage.experts_product)
+    if storage.fp8_cache:
+        _round_cache(function)
 
 
 def _dequantize(function: ir.Function, linear: Linear) -> None:
@@ -206,6 +221,42 @@ def _compute_in(function: ir.Function, linear: Linear) -> None:
     _to_compute(function, product.outputs[0], f"{module}.rounded")
 
 
+def _compute_experts_in(function: ir.Function, product: str) -> None:
+    """Case 3, for the experts: their x in another type, and their rows in the engine's again."""
+    node = next(node for node in function if op_of(node.op_type) == EXPERTS.name and node.domain == DOMAIN)
+    x = node.inputs[0]
+    assert x is not None
+    to = ir.AttrInt64("to", int(PRODUCT_TYPES[product]))
+    node.replace_input_with(0, _cast(function, node, x, to, f"{EXPERTS_NODE}.widened"))
+    _to_compute(function, node.outputs[0], f"{EXPERTS_NODE}.rounded")
+
+
+CACHE_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
+"""The inputs of a function whose cache holds FP8 numbers, its last ones."""
+
+
+def _round_cache(function: ir.Function) -> None:
+    """Case 5."""
+    node = next(node for node in function if op_of(node.op_type) == CACHED_ATTENTION.name and node.domain == DOMAIN)
+    inputs = list(function.inputs)
+    for place, name in zip((1, 2), CACHE_SCALES, strict=True):
+        value, scale = node.inputs[place], ir.Value(name=name)
+        assert value is not None
+        inputs.append(scale)
+        own = name.removesuffix("_scale")
+        rounding = ir.Node(
+            DOMAIN, overloaded(QUANTIZE, "static"), [value, scale], num_outputs=2, name=f"{own}.quantize"
+        )
+        codes, factor = rounding.outputs
+        codes.name, factor.name = f"{own}.codes", f"{own}.factor"
+        scaled = ir.Node("", "Mul", [codes, factor], name=f"{own}.scale")
+        scaled.outputs[0].name = f"{own}.scaled"
+        function.insert_before(node, [rounding, scaled])
+        node.replace_input_with(place, scaled.outputs[0])
+        _to_compute(function, scaled.outputs[0], f"{own}.rounded")
+    _set_inputs(function, inputs)
+
+
 def _give_experts(function: ir.Function, form: ExpertsForm) -> None:
     """Case 2."""
     node = next(node for node in function if node.op_type == EXPERTS.name and node.domain == DOMAIN)
@@ -271,4 +322,5 @@ def forms_of(weights: Weights) -> tuple[set[ExpertsForm], set[str], set[str]]:
     """Which functions a model needs: the forms of its experts, of dequantised matrices, and of what they multiply."""
     experts = {own.form for own in weights.experts.values()}
     dequantized: set[str] = {stored.form for stored in weights.linears.values() if stored.form != "none"}
-    return experts, dequantized, {own.activations for own in weights.linears.values() if own.activations != "none"}
+    quantized: set[str] = {own.activations for own in weights.linears.values() if own.activations != "none"}
+    return experts, dequantized, quantized | ({"static"} if weights.kv_scales else set())

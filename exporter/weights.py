@@ -111,6 +111,8 @@ class Weights:
     experts: dict[int, Experts] = field(default_factory=dict)
     waived: list[str] = field(default_factory=list)
     tensors: int = 0  # of the files' tensors that are used
+    kv_scales: dict[int, tuple[TensorEntry, TensorEntry]] = field(default_factory=dict)
+    """Layers whose keys and values are cached as FP8 numbers, and the scales of both."""
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """Every matrix and vector, with the name of its parameter or expert."""
