@@ -164,7 +164,7 @@ class TestContinued:
         deaths = 0
         for workers in itertools.cycle((1, 2, 3)):
             try:
-                run(source, tmp_path / "out", quantised=True, workers=workers, progress=die_after(6))
+                run(source, tmp_path / "out", quantised=True, workers=workers, progress=die_after(30))
                 break
             except KeyboardInterrupt:
                 deaths += 1
