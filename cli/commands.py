@@ -36,7 +36,7 @@ from shuntyard.cli.console import (
     stdout,
     warn,
 )
-from shuntyard.cli.precision import precision
+from shuntyard.cli.precision import grouped, layers_of, precision
 from shuntyard.cli.validation import print_report, validate
 from shuntyard.errors import ShuntyardError
 
@@ -237,9 +237,10 @@ def run(engine: Path, prompt: str, max_new_tokens: int, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path", type=PATH)
+@click.option("--every", is_flag=True, help="Of an engine: a row for every module, whatever others are alike.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, with numbers as numbers, as JSON on stdout.")
-def inspect(path: Path, as_json: bool) -> None:
-    """Say what a checkpoint, model or engine directory is."""
+def inspect(path: Path, every: bool, as_json: bool) -> None:
+    """Say what a checkpoint, model or engine directory is; of an engine, each module's asked and actual precision."""
     from shuntyard.engines.inspect import inspect as run
     from shuntyard.engines.inspect import inspect_data
 
@@ -247,6 +248,7 @@ def inspect(path: Path, as_json: bool) -> None:
         emit(inspect_data(path))
         return
     facts = run(path)
+    is_engine = facts["kind"] == "engine"
     table = Table(show_header=False, title=escape(f"{facts.pop('kind')} {facts.pop('path')}"), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -257,6 +259,28 @@ def inspect(path: Path, as_json: bool) -> None:
             value = "\n".join(map(str, value)) or "none"
         table.add_row(name, escape(str(value)))
     stdout.print(table)
+    if is_engine:
+        _print_modules(path, every)
+
+
+def _print_modules(path: Path, every: bool) -> None:
+    """What was asked of each module of an engine, and what was built."""
+    from shuntyard.engines.inspect import module_rows
+    from shuntyard.engines.manifest import load_manifest
+
+    manifest = load_manifest(path)
+    rows = module_rows(path, manifest)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ["module", "layers", "asked", "computes in", *(["built as"] if any(row.built for row in rows) else [])]
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("module", "layers") and not every)
+    for name, same in grouped(rows, lambda row: row.module, lambda row: (row.asked, row.actual), every):
+        first, built = same[0], " or ".join(sorted({row.built for row in same}))
+        cells = (name, layers_of(row.module for row in same), first.asked or "-", first.actual, built)
+        table.add_row(*map(escape, cells[: len(columns)]))
+    stdout.print(table)
+    if not any(row.built for row in rows) and "fp8" in {row.actual for row in rows}:
+        stdout.print(f"fp8: numbers are rounded to it; {manifest.backend} multiplies them in fp32", markup=False)
 
 
 class _Tokens(click.ParamType[int]):

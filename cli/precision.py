@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -61,20 +62,42 @@ _ALIKE = ("self_attn.*_proj", "feed_forward.*_proj", "feed_forward.shared_expert
 
 
 def _groups(found: RecipeTable, every: bool) -> list[tuple[str, list[Row]]]:
-    """Rows that become the same, under one name."""
+    return grouped(found.rows, lambda row: row.module, lambda row: (row.rule, row.precision, row.stored), every)
+
+
+R = TypeVar("R")
+
+
+def grouped(
+    rows: Iterable[R], module_of: Callable[[R], str], same: Callable[[R], Any], every: bool
+) -> list[tuple[str, list[R]]]:
+    """Rows of modules in whatever layers that are the ``same``, under one name."""
+    rows = list(rows)
     if every:
-        return [(row.module, [row]) for row in found.rows]
-    same: dict[Any, set[Any]] = defaultdict(set)  # what the modules of a layer become that could share a row
-    for row in found.rows:
-        same[row.layer, _alike(row.part)].add((row.rule, row.precision, row.stored))
-    groups: dict[Any, list[Row]] = defaultdict(list)
-    for row in found.rows:
-        name = _alike(row.part) if len(same[row.layer, _alike(row.part)]) == 1 else row.part
-        groups[name, row.rule, row.precision].append(row)
-    return [
-        (name.removeprefix("feed_forward.") if "shared" in name else name, rows)
-        for (name, _, _), rows in groups.items()
-    ]
+        return [(module_of(row), [row]) for row in rows]
+    kinds: dict[Any, set[Any]] = defaultdict(set)  # what the modules of a layer are that could share a row
+    for row in rows:
+        layer, part = _split(module_of(row))
+        kinds[layer, _alike(part)].add(same(row))
+    groups: dict[Any, list[R]] = defaultdict(list)
+    for row in rows:
+        layer, part = _split(module_of(row))
+        name = _alike(part) if len(kinds[layer, _alike(part)]) == 1 else part
+        groups[name.removeprefix("feed_forward.") if "shared" in name else name, same(row)].append(row)
+    return [(name, own) for (name, _), own in groups.items()]
+
+
+def _split(module: str) -> tuple[int | None, str]:
+    """The layer, and the name within it."""
+    parts = module.split(".", 3)
+    return (int(parts[2]), parts[3]) if parts[:2] == ["model", "layers"] else (None, module)
+
+
+def layers_of(modules: Iterable[str]) -> str:
+    """The layers of some modules, in words."""
+    from shuntyard.exporter.recipe_table import layers_in_words
+
+    return layers_in_words(sorted({layer for layer, _ in map(_split, modules) if layer is not None}))
 
 
 def _alike(part: str) -> str:
@@ -84,11 +107,8 @@ def _alike(part: str) -> str:
 
 
 def _cells(rows: list[Row]) -> tuple[str, str, str]:
-    from shuntyard.exporter.recipe_table import layers_in_words
-
     first = rows[0]
-    layers = layers_in_words(sorted({row.layer for row in rows if row.layer is not None}))
-    return layers, "-" if first.rule is None else str(first.rule), first.precision
+    return layers_of(row.module for row in rows), "-" if first.rule is None else str(first.rule), first.precision
 
 
 def _mb(count: int) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shuntyard.engines.manifest import LAYERS_NAME, EngineManifest, load_manifest, verify_files
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
-from shuntyard.exporter.export import MANIFEST_NAME, read_manifest
+from shuntyard.exporter.export import MANIFEST_NAME, RecipeRecord, read_manifest
+from shuntyard.exporter.modules import EXPERTS as EXPERTS_MODULE
 from shuntyard.exporter.weights import Weights, match_weights
+from shuntyard.plugins.contract import EXPERTS
 
 Facts = dict[str, Any]
 
@@ -43,12 +46,20 @@ def inspect(path: Path) -> Facts:
             "dtype": opened.manifest.dtype,
             "layer functions": _layer_functions(opened.model.graph),
             **facts,
+            **({"recipe": _recipe(opened.manifest.recipe)} if opened.manifest.recipe else {}),
+            "precision": dict(Counter(str(own) for own in opened.manifest.precision.values())),
             "waived": opened.manifest.waived,
             "values checked": opened.manifest.values_checked,
         }
     manifest = load_manifest(path)
     verify_files(path, manifest, contents=False)
     return {"kind": "engine", "path": str(path), **engine_facts(path, manifest)}
+
+
+def _recipe(record: RecipeRecord) -> str:
+    sha = f" (sha256 {record.sha256[:16]})" if record.sha256 else ""
+    calibrated = f", calibration {record.calibration_sha256[:16]}" if record.calibration_sha256 else ""
+    return f"{record.name}{sha}{calibrated}"
 
 
 def _layer_functions(graph: Any) -> dict[str, int]:
@@ -145,10 +156,41 @@ def engine_facts(path: Path, manifest: EngineManifest) -> Facts:
         ],
         **({"plugin library": manifest.plugin_build.kernels} if manifest.plugin_build else {}),
         "precision": _by_value(manifest.precision),
+        **({"recipe": _recipe(manifest.recipe)} if manifest.recipe else {}),
+        **({"FP8 KV cache": f"numbers of layers {_ranges(manifest.fp8_kv_cache)}"} if manifest.fp8_kv_cache else {}),
         "files": f"{len(manifest.files)} ({sum(f.bytes for f in manifest.files.values()):,} bytes)",
         "fingerprint": manifest.checkpoint_fingerprint[:16],
         "built by": f"shuntyard {manifest.shuntyard}",
     }
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One module of an engine: what was asked of it, and what it is."""
+
+    module: str
+    asked: str
+    actual: str  # the type that its product computes in
+    built: str  # the kind of the layer that shows it; empty where a runtime takes the graph as it is
+
+
+def module_rows(path: Path, manifest: EngineManifest) -> list[ModuleRow]:
+    """The table of modules of the engine at ``path``; attention and routing, which no rule is about, among them."""
+    kinds: dict[str, str] = {}
+    for layer in json.loads((path / LAYERS_NAME).read_text(encoding="utf-8")):
+        for origin in layer["origins"] if manifest.backend != "onnxruntime" else []:
+            # A gemm or a plugin shows a product better than what prepares and finishes it.
+            if origin in manifest.precision and (origin not in kinds or layer["kind"] == "gemm" or layer["plugin"]):
+                kinds[origin] = "plugin" if layer["plugin"] else layer["kind"]
+    rows = []
+    for node, compute in manifest.precision.items():
+        is_experts = node.endswith(EXPERTS.name)
+        module = f"{node.removesuffix(f'.{EXPERTS.name}')}{EXPERTS_MODULE}" if is_experts else node
+        own = manifest.modules.get(module)
+        if own is None and node == "lm_head":
+            own = manifest.modules.get("model.embed_tokens")
+        rows.append(ModuleRow(module, "" if own is None else str(own), compute, kinds.get(node, "")))
+    return rows
 
 
 def _by_value(precision: dict[str, str]) -> str:

@@ -81,7 +81,7 @@ def products_of(resolved: Resolved) -> dict[str, str]:
 
 
 def differences(resolved: Resolved, found: Mapping[str, ModulePrecision], fp8_caches: Collection[int]) -> list[str]:
-    """Modules and KV caches that are not what a recipe asked for, in words: there are none, or the writing is at fault."""
+    """Modules and KV caches that are not what a recipe asked for, in words; there should be none."""
     products, wrong = products_of(resolved), []
     for name, asked in resolved.precision.items():
         is_plain = asked.weights in PLAIN
