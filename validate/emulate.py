@@ -43,9 +43,6 @@ KEPT_BYTES = 2**30
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-CacheScales = tuple[float, ...]
-"""One number, or one for each key/value head."""
-
 
 class Scales(Protocol):
     """What a calibration gives (``exporter/calibration.py``)."""
@@ -148,15 +145,15 @@ class _Experts:
 
 
 class _Cache:
-    """What an FP8 cache gives back of keys or values ``[B, S, G, D]``, in their type."""
+    """What an FP8 cache gives back of keys or values, in their type."""
 
-    def __init__(self, scales: CacheScales) -> None:
-        self._scales = [torch.tensor([scale], dtype=torch.float32) for scale in scales]
+    def __init__(self, scale: float) -> None:
+        self._scale = torch.tensor([scale], dtype=torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = x.split(1, dim=2) if len(self._scales) > 1 else (x,)
-        found = [torch.ops.shuntyard.quantize(part, s) for part, s in zip(parts, self._scales, strict=True)]
-        return torch.cat([(codes * factor).to(x.dtype) for codes, factor in found], dim=2)
+        codes, factor = torch.ops.shuntyard.quantize(x, self._scale)
+        rounded: Tensor = codes * factor
+        return rounded.to(x.dtype)
 
 
 class Numbers:
@@ -208,18 +205,22 @@ class Numbers:
         parts = self.stored(module)
         return sum(part.entry.nbytes for part in parts), sum(part.scale.nbytes for part in parts if part.scale)
 
-    def number(self, *names: str) -> tuple[float, ...] | None:
-        """The values of the first of these tensors that is there: scales of activations and caches."""
-        for name in names:
-            if (entry := self.checkpoint.tensors.get(name)) is not None:
-                values = tuple(float(value) for value in _read(entry).float().reshape(-1))
-                if not all(0 < value < float("inf") for value in values):
-                    raise CheckpointError(
-                        f"{entry.file}: tensor '{entry.name}' holds {min(values)}: a scale is a positive number",
-                        hint="the checkpoint is damaged, or was not calibrated",
-                    )
-                return values
-        return None
+    def number(self, *names: str) -> float | None:
+        """The first of these tensors that is there: a scale of activations or of a cache.
+
+        Raises:
+            CheckpointError: it is not one positive number.
+        """
+        entry = next((self.checkpoint.tensors[name] for name in names if name in self.checkpoint.tensors), None)
+        if entry is None:
+            return None
+        values = _read(entry).float().reshape(-1).tolist()
+        if len(values) != 1 or not 0 < values[0] < float("inf"):
+            raise CheckpointError(
+                f"{entry.file}: tensor '{entry.name}' holds {values!s:.80}: a scale is a positive number",
+                hint="the checkpoint is damaged, or was not calibrated",
+            )
+        return float(values[0])
 
 
 def _read(entry: TensorEntry, index: int | None = None) -> Tensor:
@@ -320,7 +321,7 @@ class Preparer:
             fused = "down_proj" if name.endswith("down_proj") else "gate_up_proj"
             names.append(f"{module}{EXPERTS}.{fused}_input_scale")
         own = self.numbers.number(*names)
-        found = own[0] if own is not None else self._calibrated(name).scale(name)
+        found = self._calibrated(name).scale(name) if own is None else own
         return torch.tensor([found], dtype=torch.float32)
 
     def _calibrated(self, name: str) -> Scales:
@@ -337,7 +338,7 @@ class Preparer:
         for part, kind in (("k", "keys"), ("v", "values")):
             own = self.numbers.number(f"{attention}.{part}_scale", f"{attention}.{part}_proj.{part}_scale")
             if own is None:
-                own = (self._calibrated(attention).cache_scale(attention, cast(Any, kind)),)
+                own = self._calibrated(attention).cache_scale(attention, cast(Any, kind))
             found[f"self_attn.{part}_cache"] = _Cache(own)
         return found
 
@@ -394,8 +395,14 @@ class Emulation:
 def emulation_of(preparer: Preparer, resolved: Resolved) -> Emulation:
     """What a recipe would make of a checkpoint; of ``stored``, what the checkpoint declares."""
     if not resolved.recipe.rules:
-        return Emulation(preparer, dict.fromkeys(resolved.precision, DECLARED), resolved.kv_cache)
+        return _as_declared(preparer)
     return Emulation(preparer, resolved.precision, resolved.kv_cache, products_of(resolved))
+
+
+def _as_declared(preparer: Preparer, products: Mapping[str, str] | None = None) -> Emulation:
+    """What the checkpoint declares, now that it can be carried out."""
+    caches = {f"model.layers.{layer}.self_attn": "fp8" for layer in preparer.numbers.declared().kv_scales}
+    return Emulation(preparer, dict.fromkeys(preparer.modules, DECLARED), caches, products)
 
 
 class EmulatedStack(EagerStack):
@@ -425,7 +432,6 @@ class EmulatedStack(EagerStack):
         dtype: str = "fp32",
         *,
         activations: bool = True,
-        kv_cache: bool = True,
         products: Mapping[str, str] | None = None,
     ) -> EmulatedStack:
         """A checkpoint or model directory as it is: weights as they are stored, the rest as it declares it.
@@ -433,21 +439,13 @@ class EmulatedStack(EagerStack):
         Args:
             directory: the checkpoint or model directory.
             dtype: what is computed in.
-            activations: whether inputs are rounded as they are declared to be; else they are left as they are.
-            kv_cache: whether a cache that is declared FP8 is.
+            activations: whether inputs and KV caches are rounded as they are declared to be; else they are left alone.
             products: types that plain modules compute in, by module, where it is not ``dtype``.
 
         Raises:
             CheckpointError: the checkpoint is broken, or a scale is missing or no positive number.
-            UnsupportedError: something in it is not understood.
+            UnsupportedError: something in it is not understood, or cannot be carried out.
         """
-        numbers = Numbers(directory)
-        quantization = numbers.checkpoint.quantization
-        layers = range(numbers.config.num_hidden_layers)
-        caches = kv_cache and quantization is not None and quantization.kv_cache
-        kinds = {f"model.layers.{i}.self_attn": "fp8" if caches else "compute" for i in layers}
-        how = DECLARED if activations else Precision()
-        if activations:
-            numbers.declared()  # refuses now what cannot be carried out
-        own = Emulation(Preparer(numbers, dtype), {m.name: how for m in modules(numbers.config)}, kinds, products)
+        preparer = Preparer(Numbers(directory), dtype)
+        own = _as_declared(preparer, products) if activations else Emulation(preparer, {}, {}, products)
         return cls(own, dtype, "as declared" if activations else "as stored")

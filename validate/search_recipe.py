@@ -62,10 +62,10 @@ def recipe_text(found: Found, source: Source) -> str:
     rest = [s for s in found.sensitivities if dict(found.best.choice)[s.module] == base[s.module]]
     if rest:
         least = min(rest, key=lambda s: s.kl / max(s.saved, 1))
-        lines.append(
-            f"# All else stays bf16. The least that another step costs: {least.module} as {least.precision}, KL "
-            f"{three(least.kl)} for {least.saved:,} bytes."
-        )
+        lines += [
+            "# All else stays bf16. Of what is left, the least KL for each byte:",
+            f"# {least.module} as {least.precision}, KL {three(least.kl)} for {least.saved:,} bytes.",
+        ]
     else:
         lines.append("# All else stays bf16.")
     return "\n".join([*lines, "[[rule]]", 'modules = "*"', 'weights = "bf16"', ""])

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from shuntyard.errors import EngineError
+from shuntyard.exporter.calibration import Calibration
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import Module, modules
 from shuntyard.exporter.recipe import STORED, Precision, Recipe, Resolved, nbytes, parse_recipe, read_recipe, resolve
 from shuntyard.validate import statistics
-from shuntyard.validate.emulate import Numbers, Preparer, Scales, emulation_of
+from shuntyard.validate.emulate import Numbers, Preparer, emulation_of
 from shuntyard.validate.values import Tokens
 from shuntyard.validate.walk import Outcome, Walker
 
@@ -84,18 +85,20 @@ def measure(
     checkpoint: Path,
     recipes: Sequence[Resolved],
     windows: Sequence[Tokens],
-    calibration: Scales | None = None,
+    calibration: Calibration | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Worth]:
     """Bytes and quality of each recipe on windows of tokens; bf16 first, whether it is among them or not.
 
     Raises:
         EngineError: the windows are too short, or a recipe computes NaN or infinity.
-        CheckpointError: the checkpoint is broken.
+        CheckpointError: the checkpoint is broken, or the calibration another's.
         UnsupportedError: something in it is not understood, or a recipe needs a scale that is nowhere.
     """
     check_windows(windows)
     numbers = Numbers(checkpoint)
+    if calibration is not None:
+        calibration.check(numbers.checkpoint)
     baseline = resolve(read_recipe(BASELINE), numbers.config)
     every = [baseline, *(own for own in recipes if own.recipe.sha256 != baseline.recipe.sha256)]
     emulations = []
