@@ -13,12 +13,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from shuntyard.engines import proof, lower, open_engine, tensorrt_build
+from shuntyard.engines import lower, open_engine, proof, tensorrt_build
 from shuntyard.engines.build import Reporter, Request, build
 from shuntyard.engines.inspect import inspect
 from shuntyard.engines.layer_table import Layer, parse_tensorrt_log
-from shuntyard.engines.proof import Asked, check_plugins, check_precision
 from shuntyard.engines.manifest import load_manifest, verify_files
+from shuntyard.engines.proof import Asked, check_plugins, check_precision
 from shuntyard.errors import EngineError, ShuntyardError, UnsupportedError
 from shuntyard.exporter.export import export
 from shuntyard.plugins.contract import PLUGINS
