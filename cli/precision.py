@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from shuntyard.cli.console import PATH, emit, stdout, warn
+from shuntyard.cli.console import PATH, emit, one_line, stdout, warn
 
 if TYPE_CHECKING:
     from shuntyard.exporter.recipe_table import RecipeTable, Row
@@ -39,8 +39,9 @@ def precision(ckpt: Path, recipes: tuple[str, ...], every: bool, as_json: bool) 
 
 def print_recipe(found: RecipeTable, *, every: bool) -> None:
     """One recipe's table, and its warnings."""
-    stdout.print(f"{found.checkpoint.absolute().name}, recipe {found.recipe.name}", style="bold", markup=False)
-    stdout.print(found.recipe.description, markup=False)
+    heading = one_line(f"{found.checkpoint.absolute().name}, recipe {found.recipe.name}")
+    stdout.print(heading, style="bold", markup=False)
+    stdout.print(one_line(found.recipe.description), markup=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("module", "layers", "rule", "becomes"):
         table.add_column(name, overflow="fold", no_wrap=name in ("layers", "module") and not every)

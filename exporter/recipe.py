@@ -72,7 +72,7 @@ class Rule(BaseModel):
     weights: Literal["fp8", "int4", "bf16", "fp16", "fp32"] | None = None
     activations: Literal["none", "fp8-static", "fp8-dynamic"] | None = None
     granularity: Literal["tensor", "channel", "group"] | None = None
-    group_size: int | None = Field(default=None, gt=0)
+    group_size: int | None = Field(default=None, gt=0, strict=True)
     kv_cache: Literal["fp8", "compute"] | None = None
 
     @field_validator("modules", mode="before")
@@ -136,7 +136,7 @@ class Recipe:
     @property
     def is_a_file(self) -> bool:
         """Whether somebody wrote it, who wants to know of rules that match nothing."""
-        return self.name not in (STORED, *SHIPPED)
+        return self.where not in (STORED, *(_where(name) for name in SHIPPED))
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,21 @@ def read_recipe(name: str | Path) -> Recipe:
         return Recipe(STORED, STORED, "as the checkpoint stores and declares it, activations too", (), "")
     if str(name) in SHIPPED:
         data = resources.files("shuntyard.exporter").joinpath("recipes", f"{name}.toml").read_bytes()
-        return parse_recipe(data, str(name), f"recipe {name}")
+        return parse_recipe(data, str(name), _where(str(name)))
     path = Path(name)
-    if not path.is_file():
-        known = ", ".join((STORED, *SHIPPED))
-        raise UnsupportedError(f"{name}: no such recipe", hint=f"the path of a .toml file, or one of {known}")
-    return parse_recipe(path.read_bytes(), path.stem, str(path))
+    known = f"the path of a .toml file, or one of {', '.join((STORED, *SHIPPED))}"
+    try:
+        if not path.is_file():
+            raise UnsupportedError(f"{name}: no such recipe", hint=known)
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnsupportedError(f"{name}: cannot be read: {error.strerror}", hint=known) from error
+    return parse_recipe(data, path.stem, str(path))
+
+
+def _where(name: str) -> str:
+    """A shipped recipe, in messages."""
+    return f"recipe {name}"
 
 
 def parse_recipe(data: bytes, name: str, where: str) -> Recipe:
@@ -191,7 +200,7 @@ def parse_recipe(data: bytes, name: str, where: str) -> Recipe:
     hint = "shuntyard precision CKPT --recipe fp8 shows one; docs/precision.md says what rules can say"
     try:
         raw = tomllib.loads(data.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of lists within lists within lists
         raise UnsupportedError(f"{where}: is no TOML: {error}", hint=hint) from error
     try:
         file = _File.model_validate(raw)

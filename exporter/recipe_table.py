@@ -12,6 +12,7 @@ from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
 from shuntyard.exporter.modules import Module
 from shuntyard.exporter.precision import precision_of, products_of
 from shuntyard.exporter.recipe import STORED, Recipe, Resolved, nbytes, resolve
+from shuntyard.exporter.requantise import check_alike
 from shuntyard.exporter.weights import Stored, Weights, match_weights
 
 
@@ -83,9 +84,9 @@ def recipe_table(path: Path, recipe: Recipe) -> RecipeTable:
         CheckpointError, UnsupportedError: as export does; or a rule asks a module to be what it cannot.
     """
     checkpoint = open_checkpoint(path)
-    weights = match_weights(checkpoint)
+    weights = match_weights(checkpoint, alike=not recipe.rules)
     resolved = resolve(recipe, checkpoint.config)
-    if recipe.name == STORED:
+    if not recipe.rules:
         weights = attach_activations(weights, checkpoint)
     rows = tuple(_rows(checkpoint, weights, resolved))
     every = {(e.file, e.offset): e.nbytes for _, stored in weights.stored() for e in stored.entries()}
@@ -100,6 +101,8 @@ def _rows(checkpoint: Checkpoint, weights: Weights, resolved: Resolved) -> Itera
         before = _bytes(_stored(weights, module))
         asked = resolved.precision[module.name]
         is_kept = asked.weights == STORED
+        if module.layer is not None and module.kind == "experts":
+            check_alike(module, asked, weights.experts[module.layer])
         computed = f", computed in {products[module.name]}" if module.name in products else ""
         yield Row(
             module.name,
@@ -111,8 +114,10 @@ def _rows(checkpoint: Checkpoint, weights: Weights, resolved: Resolved) -> Itera
             before if is_kept else sum(nbytes(module, asked)),
         )
     for name, kind in resolved.kv_cache.items():
-        if kind != "compute":
-            yield Row(name, int(name.split(".")[2]), resolved.rule_of[name], "", f"KV cache {kind}", 0, 0)
+        layer = int(name.split(".")[2])
+        declared = "KV cache fp8" if layer in weights.kv_scales else ""  # known of the recipe stored alone
+        if kind != "compute" or declared:
+            yield Row(name, layer, resolved.rule_of.get(name), declared, declared or f"KV cache {kind}", 0, 0)
 
 
 def _stored(weights: Weights, module: Module) -> Sequence[Stored]:

@@ -92,7 +92,7 @@ class _Writer:
     def _linear(self, module: Module, stored: Stored) -> None:
         asked = self.resolved.precision[module.name]
         if module.is_fixed or (asked.weights == STORED and stored.form == "none"):
-            dtype = stored.entry.dtype if stored.form == "none" else "BF16"
+            dtype = stored.entry.dtype if stored.form == "none" else "F32"  # a router's numbers, times scale: exact
             self.out.targets.append(copied(f"{module.name}.weight", stored, dtype))
         elif asked.weights in PLAIN:
             self.out.targets.append(copied(f"{module.name}.weight", stored, DTYPES[asked.weights]))
@@ -110,6 +110,7 @@ class _Writer:
         if asked.weights == STORED and first.form != "none":
             asked = self._as_stored(module, first)
         if asked.weights in (STORED, *PLAIN):
+            check_alike(module, asked, experts)
             weights = None if asked.weights == STORED else asked.weights
             self.out.targets += expert_targets(module.name, experts, Relayout(weights=weights))
             return
@@ -186,6 +187,22 @@ class _Writer:
             self.out.targets.append(_number(f"{attention}.{part}_scale", own))
 
 
+def check_alike(module: Module, asked: Precision, experts: Experts) -> None:
+    """Refuses plain experts of several types that no rule brings into one.
+
+    Raises:
+        UnsupportedError: they are such.
+    """
+    first = experts.parts[0].entry
+    other = next((part.entry for part in experts.parts if part.entry.dtype != first.dtype), None)
+    if asked.weights == STORED and other is not None:
+        raise UnsupportedError(
+            f"{other.file}: '{other.name}' is {other.dtype}, '{first.name}' {first.dtype}, and the experts of a layer "
+            "must all be stored alike",
+            hint=f"a rule for '{module.name}', as with weights = \"bf16\"",
+        )
+
+
 def _number(name: str, value: float) -> Target:
     return Target(name, "F32", (1,), (), data=struct.pack("<f", value))
 
@@ -202,6 +219,8 @@ def quantised_config(rewritten: Rewritten, resolved: Resolved) -> dict[str, Any]
     targets: dict[Precision, list[str]] = defaultdict(list)
     for name, precision in rewritten.precision.items():
         targets[precision].append(_target(name))
+    if not targets:  # FP8 caches alone; a declaration has a group, if only one of no modules
+        targets[Precision("fp8", "tensor")] = []
     formats = {"int4": "pack-quantized", "fp8": "float-quantized"}
     used = sorted({formats[precision.weights] for precision in targets}) or ["float-quantized"]
     plain = [

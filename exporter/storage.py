@@ -191,6 +191,7 @@ def _quantize_activations(function: ir.Function, linear: Linear, shared: dict[ir
         if linear.activations == "dynamic":
             shared[x] = codes, factor
     product.replace_input_with(0, codes)
+    is_fp32 = cast is not None and not cast.attributes["to"].is_ref()  # a router's, in engines of all types
     if cast is not None:  # the weight in fp32, not rounded to the compute type
         transpose.replace_input_with(0, cast.inputs[0])
         if not cast.outputs[0].uses():
@@ -201,7 +202,8 @@ def _quantize_activations(function: ir.Function, linear: Linear, shared: dict[ir
     out.replace_all_uses_with(scaled.outputs[0], replace_graph_outputs=True)
     scaled.replace_input_with(0, out)
     function.insert_after(product, scaled)
-    _to_compute(function, scaled.outputs[0], f"{module}.rounded")
+    if not is_fp32:
+        _to_compute(function, scaled.outputs[0], f"{module}.rounded")
 
 
 def _compute_in(function: ir.Function, linear: Linear) -> None:
