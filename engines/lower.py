@@ -46,7 +46,38 @@ def for_tensorrt(model: ir.Model, dtype: str, *, context: int, chunk: int | None
     narrow_weights(model)
     _hoist_dequantize(model)
     _name_apart(model)
+    check_forms(model)
     return [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.UINT4]
+
+
+_FORMS = "this is a defect of shuntyard: no exporter of ours writes such a form"
+
+
+def check_forms(model: ir.Model) -> None:
+    """Refuses forms of quantisation that TensorRT was found to read otherwise than they say.
+
+    * FP8 in blocks beside quantised activations: only the first row of scales was read (TensorRT-RTX 1.7).
+    * A scale of QuantizeLinear that is computed: the product falls back to the engine's type.
+    * A scale of DequantizeLinear for FP8 that is not fp32: the product is rounded twice.
+
+    Raises:
+        EngineError: the graph has one.
+    """
+    for nodes in (model.graph, *model.functions.values()):
+        for node in nodes:
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.domain not in ("", "ai.onnx"):
+                continue
+            value, scale = node.inputs[:2]
+            assert value is not None and scale is not None
+            block = node.attributes.get("block_size")
+            is_int4 = value.dtype in (ir.DataType.UINT4, ir.DataType.INT4)
+            if block is not None and block.as_int() and not is_int4:
+                raise EngineError(f"node '{node.name}': scales of blocks, of what is not INT4", hint=_FORMS)
+            producer = scale.producer()
+            if node.op_type == "QuantizeLinear" and (producer is None or producer.op_type != "Constant"):
+                raise EngineError(f"node '{node.name}' quantises by a scale that is computed", hint=_FORMS)
+            if value.dtype == ir.DataType.FLOAT8E4M3FN and scale.dtype not in (None, ir.DataType.FLOAT):
+                raise EngineError(f"node '{node.name}' has a scale of {scale.dtype} for FP8", hint=_FORMS)
 
 
 def _copy(function: ir.Function, name: str) -> ir.Function:
@@ -171,7 +202,10 @@ def _dequantized(graph: ir.Graph, before: ir.Node, weight: ir.Value, scale: ir.V
     wide.outputs[0].name = f"{name}.scale"
     nodes, attributes = [wide], {"axis": 1, "block_size": group_size} if group_size else {"axis": 0}
     if not group_size:
-        flat = ir.node("Constant", [], {"value": ir.tensor([-1])}, name=f"{name}.shape")
+        # One number for the whole weight is a scalar: by the standard, a vector of one is a scale of one channel.
+        is_one = scale.shape is not None and scale.shape.is_static() and math.prod(scale.shape.numpy()) == 1
+        shape = ir.tensor([] if is_one else [-1], dtype=ir.DataType.INT64)
+        flat = ir.node("Constant", [], {"value": shape}, name=f"{name}.shape")
         flat.outputs[0].name = f"{name}.shape"
         reshaped = ir.node("Reshape", [wide.outputs[0], flat.outputs[0]], name=f"{name}.flat_scale")
         reshaped.outputs[0].name = f"{name}.flat_scale"

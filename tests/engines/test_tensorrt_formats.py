@@ -105,3 +105,38 @@ def test_stored_types_are_read_off_the_graph(tmp_path: Path) -> None:
     assert asked["model.layers.0.feed_forward.gate_proj"] == Asked("bf16", "fp8")
     assert asked["model.layers.0.self_attn.q_proj"] == Asked("bf16")
     assert asked["model.layers.1.ShuntyardMoeExperts"] == Asked("bf16", "fp8", 12)
+
+
+def _form(op: str, value: ir.DataType, scale: ir.DataType, *, computed: bool = False, **attributes: int) -> ir.Model:
+    """A model of one node that quantises or dequantises."""
+    given = ir.Value(name="x", type=ir.TensorType(value), shape=ir.Shape([64, 128]))
+    own = ir.Value(name="s", type=ir.TensorType(scale), shape=ir.Shape([64]))
+    nodes = []
+    if not computed:
+        nodes = [ir.node("Constant", [], {"value": ir.tensor(np.float32(1))})]
+        own = nodes[0].outputs[0]
+        own.type = ir.TensorType(scale)
+    nodes.append(ir.node(op, [given, own], attributes, name="it"))
+    return ir.Model(ir.Graph([given], nodes[-1].outputs, nodes=nodes, opset_imports={"": 24}), ir_version=11)
+
+
+def test_forms_that_are_read_otherwise_than_they_say_are_refused() -> None:
+    fp8, int4, fp32, bf16 = ir.DataType.FLOAT8E4M3FN, ir.DataType.INT4, ir.DataType.FLOAT, ir.DataType.BFLOAT16
+    lower.check_forms(_form("DequantizeLinear", fp8, fp32, axis=0))
+    lower.check_forms(_form("DequantizeLinear", int4, bf16, axis=1, block_size=32))
+    lower.check_forms(_form("QuantizeLinear", fp32, fp32))
+    for wrong, said in (
+        (_form("DequantizeLinear", fp8, fp32, axis=1, block_size=128), "scales of blocks"),
+        (_form("QuantizeLinear", bf16, fp32, computed=True), "by a scale that is computed"),
+        (_form("DequantizeLinear", fp8, bf16, axis=0), "scale of BFLOAT16 for FP8"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            lower.check_forms(wrong)
+
+
+def test_one_scale_of_a_whole_weight_is_a_scalar(tmp_path: Path) -> None:
+    """A vector of one would be a scale of one channel, and of the others what lies behind it."""
+    opened = open_model(exported(tmp_path, TENSOR))
+    lower.for_tensorrt(opened.model, "bf16", context=40, chunk=8)
+    shapes = [node for node in opened.model.graph if str(node.name).endswith("_dequantized.shape")]
+    assert shapes and all(node.attributes["value"].as_tensor().numpy().shape == (0,) for node in shapes)
