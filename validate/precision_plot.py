@@ -127,7 +127,8 @@ def _layer(module: str) -> int | None:
 
 
 def _row_name(module: str) -> str:
-    return ".".join(module.split(".")[3:]) if _layer(module) is not None else module
+    name = ".".join(module.split(".")[3:]) if _layer(module) is not None else module
+    return name.removeprefix("feed_forward.") if ".shared_expert." in name else name
 
 
 @dataclass(frozen=True)
