@@ -12,9 +12,9 @@ from shuntyard.validate.worth import Worth
 
 def worth_table(worths: Sequence[Worth]) -> Table:
     """For a terminal of 80 columns; the first is the baseline."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("recipe", overflow="fold")
-    for name in ("MB", "of bf16", "KL", "perplexity", "change", "top-1", "experts", "worst"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("recipe", overflow="fold", no_wrap=all(len(worth.recipe) < 20 for worth in worths))
+    for name in ("MB", "of bf16", "KL", "ppl", "change", "top-1", "experts", "worst layer"):
         table.add_column(name, justify="right", no_wrap=True)
     for worth in worths:
         router = ("-", "-")

@@ -149,7 +149,11 @@ class Walker:
     def _layer(self, index: int, emulation: Emulation, hidden: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """A layer's output ``[B, S, H]`` for each group of windows, and of MoE layers the router's logits."""
         weights = emulation.layer(index)
-        found = [self._call(index, weights, own) for own in hidden]
+        try:
+            found = [self._call(index, weights, own) for own in hidden]
+        except ValueError:
+            # The routing op refuses NaN. What comes of it is told by its KL, which is then no number either.
+            return [torch.full_like(own, torch.nan) for own in hidden], []
         return [out for out, _ in found], [router for _, router in found if router is not None]
 
     def _call(self, index: int, weights: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -221,6 +225,8 @@ def _chosen(logits: Tensor, top_k: int) -> Tensor:
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> float:
-    """Share of tokens whose experts are the same."""
+    """Share of tokens whose experts are the same; of none, where there are no experts to tell."""
+    if len(first) != len(second):
+        return 0.0
     found = torch.cat([(a == b).all(-1).flatten() for a, b in zip(first, second, strict=True)])
     return float(found.double().mean())
