@@ -6,11 +6,9 @@ shuntyard, 130 interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import shuntyard
@@ -31,6 +28,7 @@ from shuntyard.cli.console import (
     PATH,
     emit,
     one_line,
+    progress,
     say,
     stderr,
     stdout,
@@ -112,12 +110,12 @@ def export(
     if relayout and asked["copy"]:
         raise click.UsageError("--copy has no meaning where the weights are written anew")
     asked["recipe"] = None if recipe is None else read_recipe(recipe)
-    with _progress() as update:
+    with progress() as update:
 
-        def progress(_tensor: str, done: int, total: int) -> None:
+        def bytes_done(_tensor: str, done: int, total: int) -> None:
             update("writing weights", done, total)
 
-        result = run(ckpt, out, **asked, relayout=relayout, report=say, progress=progress)
+        result = run(ckpt, out, **asked, relayout=relayout, report=say, progress=bytes_done)
     if as_json:
         emit(result.as_dict())
     else:
@@ -140,26 +138,6 @@ def _grouped(names: list[str]) -> list[str]:
     for key, own in groups.items():
         lines += own if len(own) <= 4 else [f"{key} ({len(own)} tensors, listed in shuntyard.json)"]
     return lines
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A callback ``(phase, done, total)`` behind progress bars on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def update(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase[:48], total=max(total, 1))
-            bars.update(tasks[phase], completed=done if total else 1)
-
-        yield update
 
 
 @main.command()
@@ -195,7 +173,7 @@ def build(
     from shuntyard.engines.build import build as run
 
     request = Request(backend, dtype, gpu, max_batch, max_context, copy=copy, mark=mark)
-    with _progress() as update:
+    with progress() as update:
         manifest = run(model, engine, request, Reporter(say, warn, update))
     if as_json:
         emit(json_ready(manifest))
@@ -356,7 +334,7 @@ def demo(out: Path, as_json: bool) -> None:
     from shuntyard.engines.build import Reporter
     from shuntyard.validate.demo import run_demo
 
-    with _progress() as update:
+    with progress() as update:
         result = run_demo(out, Reporter(say, warn, update))
     if as_json:
         emit(result.as_dict())

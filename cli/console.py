@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_DEFECT, EXIT_INTERRUPTED = 1, 3, 4, 130
 
@@ -35,3 +38,23 @@ def emit(data: Any) -> None:
 def one_line(text: str) -> str:
     """Names from files are printed as they are written in Python: no control character reaches the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Any]:
+    """A callback ``(phase, done, total)`` behind progress bars on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase[:48], total=max(total, 1))
+            bars.update(tasks[phase], completed=done if total else 1)
+
+        yield update

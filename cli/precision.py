@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from shuntyard.cli.console import PATH, emit, one_line, stdout, warn
+from shuntyard.cli.console import PATH, emit, one_line, progress, say, stdout, warn
 
 if TYPE_CHECKING:
     from shuntyard.exporter.recipe_table import RecipeTable, Row
@@ -23,18 +24,132 @@ if TYPE_CHECKING:
 @click.argument("ckpt", type=PATH)
 @click.option("--recipe", "recipes", multiple=True, help="A shipped recipe, stored, or a .toml file.  [default: fp8]")
 @click.option("--every", is_flag=True, help="A row for every module, and not for those of all layers that are alike.")
+@click.option("--measure", is_flag=True, help="What the recipes are worth on --text.  [default recipes: all shipped]")
+@click.option("--group-sizes", is_flag=True, help="With --measure: INT4 experts in groups of 8 to 128, too.")
+@click.option("--within", metavar="BOUND", help='Search the smallest recipe within a bound, as "kl<=0.01", on --text.')
+@click.option("--out", type=PATH, help="With --within: the recipe's file, OUT.toml; a page of plots lies beside it.")
+@click.option("--text", type=PATH, help="UTF-8 text to measure on.")
+@click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Windows of the text.")
+@click.option("--length", type=click.IntRange(4), help="Tokens a window.  [default: 3.5 chunks, at most 512]")
+@click.option("--calibration", type=PATH, help="With --measure: what calibrate wrote, for static scales.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
-def precision(ckpt: Path, recipes: tuple[str, ...], every: bool, as_json: bool) -> None:
-    """Say what each module of the checkpoint CKPT becomes under a recipe, and what that costs and saves."""
+def precision(ckpt: Path, recipes: tuple[str, ...], every: bool, as_json: bool, **asked: Any) -> None:
+    """Say what each module of the checkpoint CKPT becomes under a recipe, and what that costs and saves.
+
+    --measure runs recipes over a text, emulated in fp32: perplexity, KL from bf16, agreement, bytes. --within searches
+    a recipe, and writes it as a file to read and to edit.
+    """
     from shuntyard.exporter.recipe import read_recipe
     from shuntyard.exporter.recipe_table import recipe_table
 
-    tables = [recipe_table(ckpt, read_recipe(name)) for name in recipes or ("fp8",)]
+    _check_options(asked, recipes)
+    if asked["within"] is not None:
+        _search(ckpt, asked, as_json)
+    elif asked["measure"]:
+        _measure(ckpt, recipes, asked, as_json)
+    else:
+        tables = [recipe_table(ckpt, read_recipe(name)) for name in recipes or ("fp8",)]
+        if as_json:
+            emit([table.as_dict() for table in tables])
+            return
+        for table in tables:
+            print_recipe(table, every=every)
+
+
+def _check_options(asked: dict[str, Any], recipes: tuple[str, ...]) -> None:
+    searches, measures = asked["within"] is not None, asked["measure"]
+    if searches and (measures or recipes):
+        raise click.UsageError("--within searches by itself: it goes without --measure and --recipe")
+    if (searches or measures) != (asked["text"] is not None):
+        raise click.UsageError("--measure and --within need --text, and --text one of them")
+    if searches != (asked["out"] is not None):
+        raise click.UsageError("--within and --out go together")
+    for name in ("group_sizes", "calibration"):
+        if asked[name] and not measures:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --measure")
+
+
+def _windows(ckpt: Path, asked: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The text's SHA-256 and its windows of tokens."""
+    from shuntyard.exporter.config_file import load_config_file
+    from shuntyard.validate.inputs import windows_of
+
+    config = load_config_file(ckpt / "config.json").text
+    found = windows_of(asked["text"], ckpt, config, asked["windows"], asked["length"], warn)
+    sha256 = hashlib.sha256(asked["text"].read_bytes()).hexdigest()
+    return sha256, [sequence.tokens for sequence in found]
+
+
+def _measure(ckpt: Path, recipes: tuple[str, ...], asked: dict[str, Any], as_json: bool) -> None:
+    from shuntyard.cli.precision_measure import worth_table
+    from shuntyard.exporter.calibration import read_calibration
+    from shuntyard.exporter.config_file import load_config_file
+    from shuntyard.exporter.recipe import SHIPPED, read_recipe, resolve
+    from shuntyard.validate.worth import group_size_recipes, measure
+
+    config = load_config_file(ckpt / "config.json").text
+    calibration = None if asked["calibration"] is None else read_calibration(asked["calibration"])
+    wanted = [read_recipe(name) for name in recipes or SHIPPED]
+    if asked["group_sizes"]:
+        wanted += group_size_recipes(config)
+    _, windows = _windows(ckpt, asked)
+    with progress() as update:
+        worths = measure(
+            ckpt,
+            [resolve(recipe, config) for recipe in wanted],
+            windows,
+            calibration,
+            lambda done, total: update("layers", done, total),
+        )
     if as_json:
-        emit([table.as_dict() for table in tables])
+        emit([worth.as_dict() for worth in worths])
         return
-    for table in tables:
-        print_recipe(table, every=every)
+    stdout.print(worth_table(worths))
+    tokens = worths[0].tokens
+    stdout.print(
+        f"over {tokens:,} tokens of {asked['text'].name}, emulated in fp32: KL from bf16, relative change of its "
+        "perplexity, tokens with the same best next token, tokens with the same experts",
+        markup=False,
+    )
+
+
+def _search(ckpt: Path, asked: dict[str, Any], as_json: bool) -> None:
+    from shuntyard.validate.emulate import Numbers
+    from shuntyard.validate.outputs import check_place
+    from shuntyard.validate.precision_plot import render_search
+    from shuntyard.validate.search import parse_bound, search
+    from shuntyard.validate.search_recipe import Source, found_recipe, write_new
+
+    bound, out = parse_bound(asked["within"]), asked["out"]
+    page = out.with_suffix(".html")
+    for place in (out, page):
+        check_place(place)
+    numbers = Numbers(ckpt)
+    sha256, windows = _windows(ckpt, asked)
+    with progress() as update:
+        found = search(numbers, bound, windows, report=say, progress=lambda done, total: update("layers", done, total))
+    source = Source(ckpt.absolute().name, numbers.checkpoint.fingerprint, asked["text"].name, sha256)
+    text, _ = found_recipe(found, source, numbers.config, out)
+    write_new(page, render_search(found, source, out.stem))
+    write_new(out, text)
+    best = found.best
+    if as_json:
+        emit(
+            {
+                "recipe": str(out),
+                "page": str(page),
+                "bytes": best.bytes,
+                "bf16_bytes": found.baseline.bytes,
+                "kl": best.outcome.mean_kl,
+                "perplexity": best.outcome.perplexity,
+                "top1": best.outcome.mean_top1,
+            }
+        )
+        return
+    click.echo(
+        f"{out}: {best.bytes:,} bytes, {best.bytes / found.baseline.bytes:.1%} of bf16, "
+        f"{bound.metric} {bound.shown(best.value)}; plots in {page}"
+    )
 
 
 def print_recipe(found: RecipeTable, *, every: bool) -> None:

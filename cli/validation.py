@@ -106,7 +106,8 @@ def validate(engine: str, reference: str, as_json: bool, **asked: Any) -> None:
 
 def _plan(asked: dict[str, Any]) -> Plan:
     from shuntyard.validate.bounds import read_overrides
-    from shuntyard.validate.demo import held_out_text, read_text
+    from shuntyard.validate.demo import held_out_text
+    from shuntyard.validate.inputs import read_text
     from shuntyard.validate.validate import Inputs, Plan
 
     text = None if asked["text"] is None else read_text(asked["text"])

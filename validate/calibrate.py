@@ -7,7 +7,6 @@ states of all windows (4 bytes a value), and what ``calibrate_ranges.py`` keeps 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,18 +16,15 @@ import torch
 from torch import Tensor
 
 import shuntyard
-from shuntyard.engines.text import Tokenizer
-from shuntyard.errors import EngineError, NotFiniteError, OutputError
+from shuntyard.errors import EngineError, NotFiniteError
 from shuntyard.exporter.calibration import Calibration
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import Module, attentions, modules
 from shuntyard.exporter.output import refuse_existing
-from shuntyard.validate import prompts
 from shuntyard.validate.calibrate_ranges import HINT_VALUES, Method, Range
-from shuntyard.validate.demo import read_text
-from shuntyard.validate.inputs import LONGEST_WINDOW
-from shuntyard.validate.outputs import write_file
+from shuntyard.validate.inputs import windows_of
+from shuntyard.validate.outputs import check_place, write_file
 from shuntyard.validate.reference import UNKNOWN_TRANSFORMERS, LayeredReference
 from shuntyard.validate.values import Array, Sequence
 
@@ -75,11 +71,9 @@ def calibrate(
         NotFiniteError: the reference computes NaN or infinity; names the module.
     """
     method = method or Method()
-    _check_place(out)
+    check_place(out)
     opened = open_checkpoint(checkpoint)
-    sequences = _windows(read_text(text), checkpoint, opened.config, windows, length, warn)
-    if len(sequences) < windows:
-        warn(f"the text holds {len(sequences)} windows of {len(sequences[0].tokens)} tokens, not {windows}")
+    sequences = windows_of(text, checkpoint, opened.config, windows, length, warn)
     found = Ranges(opened.config, method)
     reference = run_watched(checkpoint, sequences, found, say)
     calibration = Calibration(
@@ -102,26 +96,6 @@ def calibrate(
     refuse_existing(out)
     write_file(out, calibration.model_dump_json(indent=1) + "\n")
     return calibration
-
-
-def _check_place(out: Path) -> None:
-    """Before hours of work: whether a file can be made there."""
-    refuse_existing(out)
-    parent = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{out}: cannot be written: {parent}", hint="give a place that you can write to")
-
-
-def _windows(
-    text: str, checkpoint: Path, config: Llama4Config, windows: int, length: int | None, warn: Line
-) -> list[Sequence]:
-    chunk, context = config.attention_chunk_size, config.max_position_embeddings
-    wanted = length or min(LONGEST_WINDOW, chunk * 7 // 2 if chunk else LONGEST_WINDOW)
-    if length is not None and length > context:
-        warn(f"windows are {context} tokens, the model's context, not {length}")
-    tokenizer = Tokenizer.from_directory(checkpoint)
-    cut = min(wanted, context)
-    return prompts.from_text(text, tokenizer, windows=windows, length=cut, vocab_size=config.vocab_size)
 
 
 def _warn_of(calibration: Calibration, config: Llama4Config, warn: Line) -> None:

@@ -14,6 +14,7 @@ from shuntyard.engines.tensorrt_runner import MODULES
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter.export import export
 from shuntyard.exporter.output import output_directory, refuse_existing
+from shuntyard.validate.inputs import read_text
 from shuntyard.validate.report import Report
 from shuntyard.validate.validate import Inputs, Plan, validate
 
@@ -38,20 +39,6 @@ def miniature() -> Path:
 def held_out_text() -> str:
     """Text that the miniature was not trained on."""
     return read_text(miniature() / HELD_OUT)
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file", hint="give a UTF-8 text file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as UTF-8 text: {error}", hint="convert it to UTF-8") from error
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from shuntyard.engines.text import Tokenizer
-from shuntyard.errors import EngineError
+from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.validate import prompts
 from shuntyard.validate.one_way import one_way
@@ -89,3 +90,46 @@ def _told_apart(sequences: list[Sequence]) -> list[Sequence]:
 def _default_length(config: Llama4Config) -> int:
     chunk = config.attention_chunk_size
     return min(LONGEST_WINDOW, chunk * 7 // 2 if chunk else LONGEST_WINDOW)
+
+
+def windows_of(
+    text: Path,
+    checkpoint: Path,
+    config: Llama4Config,
+    windows: int,
+    length: int | None,
+    warn: Callable[[str], None],
+) -> list[Sequence]:
+    """Windows of a text file, for what runs the reference or the eager model alone; ``warn`` hears what they are not.
+
+    Raises:
+        EngineError: the text is missing or too short.
+        CheckpointError: there is no tokenizer.
+    """
+    context = config.max_position_embeddings
+    if length is not None and length > context:
+        warn(f"windows are {context} tokens, the model's context, not {length}")
+    found = prompts.from_text(
+        read_text(text),
+        Tokenizer.from_directory(checkpoint),
+        windows=windows,
+        length=min(length or _default_length(config), context),
+        vocab_size=config.vocab_size,
+    )
+    if len(found) < windows:
+        warn(f"the text holds {len(found)} windows of {len(found[0].tokens)} tokens, not {windows}")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file", hint="give a UTF-8 text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as UTF-8 text: {error}", hint="convert it to UTF-8") from error

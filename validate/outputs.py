@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import shuntyard
 from shuntyard.errors import OutputError
+from shuntyard.exporter.output import refuse_existing
 from shuntyard.validate.report import Check, Report
 
 MOST_ANNOTATIONS = 10
@@ -152,3 +153,15 @@ def _command(kind: str, title: str, text: str) -> str:
     data = _legal(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
     prop = _legal(title).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
     return f"::{kind} title={prop.replace(':', '%3A').replace(',', '%2C')}::{data}"
+
+
+def check_place(out: Path) -> None:
+    """Before hours of work: whether a file can be made there.
+
+    Raises:
+        OutputError: something is there, or nothing can be written there.
+    """
+    refuse_existing(out)
+    parent = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: cannot be written: {parent}", hint="give a place that you can write to")
