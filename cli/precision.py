@@ -148,7 +148,7 @@ def _search(ckpt: Path, asked: dict[str, Any], as_json: bool) -> None:
         return
     click.echo(
         f"{out}: {best.bytes:,} bytes, {best.bytes / found.baseline.bytes:.1%} of bf16, "
-        f"{bound.metric} {bound.shown(best.value)}; plots in {page}"
+        f"{bound.shown(best.value)}; plots in {page}"
     )
 
 
