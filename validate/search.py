@@ -421,13 +421,12 @@ def candidates(module: Module, numbers: Numbers) -> list[Precision]:
 
 
 def lower_hull(points: Sequence[tuple[int, float, Precision]]) -> list[tuple[int, float, Precision]]:
-    """Of points of bytes and loss, those on the lower convex hull from the most bytes to the fewest."""
+    """Of points of bytes and loss, the lower convex hull from the most bytes to the fewest: where each next step costs
+    more for a byte than the one before. Steps that cost nothing, or less, are among them."""
     hull: list[tuple[int, float, Precision]] = []
     for point in sorted(points, key=lambda p: (-p[0], p[1])):
         if hull and point[0] == hull[-1][0]:
             continue  # as many bytes, and no less loss
-        while hull and point[1] <= hull[-1][1]:
-            hull.pop()  # fewer bytes and no more loss: the other is never worth it
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)

@@ -151,8 +151,10 @@ class Walker:
         weights = emulation.layer(index)
         try:
             found = [self._call(index, weights, own) for own in hidden]
-        except ValueError:
-            # The routing op refuses NaN. What comes of it is told by its KL, which is then no number either.
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            # The routing op refuses it. What comes of it is told by its KL, which is then no number either.
             return [torch.full_like(own, torch.nan) for own in hidden], []
         return [out for out, _ in found], [router for _, router in found if router is not None]
 
