@@ -25,6 +25,7 @@ LEVELS = 8
 _ROW = 18.0
 _LABELS = 168.0
 _GAP = 22.0
+_MARGIN = 10.0  # half of the last column's word
 _SIDE_BY_SIDE = 14  # layers, up to which the maps stand beside one another
 
 
@@ -74,7 +75,8 @@ def sensitivity_maps(found: Found) -> Maps | None:
     columns = list(dict.fromkeys(_layer(s.module) for s in found.sensitivities))
     columns.sort(key=lambda layer: math.inf if layer is None else layer)
     beside = len(columns) <= _SIDE_BY_SIDE
-    room = (WIDTH - _LABELS - _GAP * (len(kinds) - 1)) / len(kinds) if beside else WIDTH - _LABELS
+    room = WIDTH - _LABELS - _MARGIN
+    room = (room - _GAP * (len(kinds) - 1)) / len(kinds) if beside else room
     cell = min(room / len(columns), 36.0)
     top = _top(found.sensitivities)
     chosen = dict(found.best.choice)
@@ -206,7 +208,8 @@ def scatter(found: Found) -> Scatter:
         chart.points.append(point)
         if kind != "tried":
             named.append((point, "found" if kind == "found" and not trial.name else trial.name))
-    line, least = [], math.inf
+    line: list[str] = []
+    least = math.inf
     for trial in sorted(whole, key=lambda trial: (-trial.bytes, trial.outcome.mean_kl), reverse=True):
         if trial.outcome.mean_kl < least:
             least = trial.outcome.mean_kl

@@ -14,22 +14,20 @@ itself is always measured. Everything is deterministic: there are no draws, and 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.modules import Module
 from shuntyard.exporter.recipe import SHIPPED, Precision, read_recipe, resolve
-from shuntyard.validate.charts import three
 from shuntyard.validate.emulate import Emulation, Numbers, Preparer
 from shuntyard.validate.values import Tokens
 from shuntyard.validate.walk import Outcome, Walker
+from shuntyard.validate.within import Bound
+from shuntyard.validate.within import parse_bound as parse_bound  # for who searches
 from shuntyard.validate.worth import BASELINE, GROUP_SIZES, check_finite_outcome, check_windows, stored_or_new
 
-Metric = Literal["kl", "perplexity", "top1"]
 Choice = tuple[tuple[str, Precision], ...]
 """The precision of every module, in the model's order: a recipe without its rules."""
 
@@ -44,65 +42,6 @@ SHARES = (1.0, 0.9, 1.1, 0.8)
 
 Options = Mapping[str, Sequence[Precision]]
 """What each module is tried as."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A bound on what a recipe may change against bf16."""
-
-    metric: Metric
-    value: float
-    text: str  # as it was given
-
-    def value_of(self, outcome: Outcome, baseline: Outcome) -> float:
-        """The metric: KL in nats, the relative change of the perplexity, or the share of equal top-1 tokens."""
-        if self.metric == "kl":
-            return outcome.mean_kl
-        if self.metric == "top1":
-            return outcome.mean_top1
-        return math.expm1(outcome.mean_nll - baseline.mean_nll)
-
-    def holds(self, value: float) -> bool:
-        """Whether a value is within it."""
-        return value >= self.value if self.metric == "top1" else value <= self.value
-
-    def loss(self, value: float) -> float:
-        """A value so that less is better."""
-        return -value if self.metric == "top1" else value
-
-    def shown(self, value: float) -> str:
-        """A value for people."""
-        if self.metric == "kl":
-            return f"KL {three(value)}"
-        return f"top-1 agreement {value:.4%}" if self.metric == "top1" else f"perplexity {value:+.3%}"
-
-
-def parse_bound(text: str) -> Bound:
-    """``kl<=0.01``, ``perplexity<=1%`` (against bf16's), ``top1>=0.99`` or ``top1>=99%``.
-
-    Raises:
-        UnsupportedError: it is anything else, or nothing can be within it.
-    """
-    hint = "one of kl<=0.01, perplexity<=1%, top1>=0.99"
-    found = re.fullmatch(
-        r"\s*(kl|perplexity|top1)\s*(<=|>=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%?)\s*", text
-    )
-    if found is None:
-        raise UnsupportedError(f"--within {text!r:.80} is not understood", hint=hint)
-    metric, sign, number, per_cent = found.groups()
-    if (sign == ">=") != (metric == "top1"):
-        raise UnsupportedError(f"--within {text!r:.80}: {metric} is bounded from the other side", hint=hint)
-    if metric == "perplexity" and not per_cent:
-        raise UnsupportedError(
-            f"--within {text!r:.80}: perplexity is bounded by how much it changes, in %", hint="as in perplexity<=1%"
-        )
-    if metric == "kl" and per_cent:
-        raise UnsupportedError(f"--within {text!r:.80}: KL is no share", hint=hint)
-    value = float(number) / (100 if per_cent else 1)
-    if not math.isfinite(value) or (metric == "kl" and value < 0) or (metric == "top1" and not 0 <= value <= 1):
-        nearest = "KL is at least 0, and bf16's own" if metric == "kl" else "agreement is at most 1, bf16's with itself"
-        raise UnsupportedError(f"--within {text!r:.80}: nothing is within it: {nearest}", hint=hint)
-    return Bound(metric, value, text.strip())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -244,8 +183,8 @@ class _Search:
         steps = math.ceil(math.log2(single + 2)) + 1
         self.report(
             f"{single} precisions of single modules and {len(plans) - single - 1} shipped recipes: {first:.0f} forward "
-            f"passes over {sum(len(window) for window in self.windows):,} tokens; then at most {steps + self.moves} "
-            "to look for the best recipe"
+            f"passes over {sum(len(window) for window in self.windows):,} tokens; then at most "
+            f"{2 * (steps + self.moves)} to look for the best recipe"  # each time bf16 too
         )
 
     def _emulation(self, plan: Mapping[str, Precision]) -> Emulation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +15,15 @@ from hypothesis import strategies as st
 
 from shuntyard.errors import EngineError, OutputError, UnsupportedError
 from shuntyard.exporter.recipe import Precision, nbytes, read_recipe, resolve
+from shuntyard.validate import search_recipe
 from shuntyard.validate.demo import miniature
 from shuntyard.validate.emulate import Numbers
-from shuntyard.validate.find import Text, find_recipe, text_windows
+from shuntyard.validate.inputs import windows_of
 from shuntyard.validate.precision_plot import LEVELS, level, render_search, sensitivity_maps
-from shuntyard.validate.search import Found, candidates, check_found, lower_hull, parse_bound, search
+from shuntyard.validate.search import Found, candidates, check_found, lower_hull, search
 from shuntyard.validate.search_recipe import Source, found_recipe, recipe_text, write_new
 from shuntyard.validate.values import Tokens
+from shuntyard.validate.within import parse_bound
 from shuntyard.validate.worth import measure
 from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint
 
@@ -189,26 +190,48 @@ def test_a_bound_that_nothing_meets(checkpoint: Path) -> None:
     assert re.search(r"the nearest has perplexity -[0-9.]+%", caught.value.hint)
 
 
-def test_files_appear_whole_and_replace_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    text = Text("some.txt", "0" * 64, WINDOWS, [])
-    said: list[str] = []
-    made = find_recipe(checkpoint, "kl<=0.002", text, tmp_path / "in" / "r.toml", moves=2, report=said.append)
-    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["r.html", "r.toml"]
-    assert re.match(r"\d+ precisions of single modules and 3 shipped recipes: \d+ forward passes over 68 tok", said[0])
-    assert resolve(read_recipe(made.recipe), CONFIG).precision == dict(made.found.best.choice)
-    data = json.loads(json.dumps(made.as_dict()))
-    assert data["found"]["bytes"] == made.worth.bytes and data["shipped"][0]["recipe"] == "bf16"
-    for name in ("in/r.toml", "other.toml"):
-        if name == "other.toml":
-            (tmp_path / "other.html").write_text("mine")
-        with pytest.raises(OutputError, match="exists already"):
-            find_recipe(checkpoint, "kl<=0.002", text, tmp_path / name)
-    with pytest.raises(OutputError, match=r"a recipe is a .toml file"):
-        find_recipe(checkpoint, "kl<=0.002", text, tmp_path / "recipe")
-    assert (tmp_path / "other.html").read_text() == "mine" and not (tmp_path / "other.toml").exists()
-    (tmp_path / "file").write_text("")
+def test_files_appear_whole_and_replace_nothing(tmp_path: Path) -> None:
+    write_new(tmp_path / "in" / "r.toml", "mine\n")
+    with pytest.raises(OutputError, match="exists already"):
+        write_new(tmp_path / "in" / "r.toml", "other")
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="exists already"):
+        write_new(tmp_path / "in" / "dangling", "other")
+    assert {path.name for path in (tmp_path / "in").iterdir()} == {"r.toml", "dangling"}
+    assert (tmp_path / "in" / "r.toml").read_text() == "mine\n" and not (tmp_path / "nowhere").exists()
     with pytest.raises(OutputError, match="cannot be written"):
-        write_new(tmp_path / "file" / "r.toml", "x")
+        write_new(tmp_path / "in" / "r.toml" / "r.toml", "x")
+
+
+def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "r.toml"
+    monkeypatch.setattr(search_recipe, "refuse_existing", lambda path: path.write_text("theirs"))
+    with pytest.raises(OutputError, match="appeared meanwhile"):
+        write_new(place, "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml"] and place.read_text() == "theirs"
+
+
+def test_what_it_costs_is_said_first(checkpoint: Path) -> None:
+    said: list[str] = []
+    heard: list[tuple[int, int]] = []
+    numbers = Numbers(checkpoint)
+    own = search(
+        numbers,
+        parse_bound("kl<=0.002"),
+        WINDOWS,
+        moves=4,
+        report=said.append,
+        progress=lambda done, total: heard.append((done, total)),
+    )
+    first = re.match(
+        r"(\d+) precisions of single modules and 3 shipped recipes: (\d+) forward passes over 68 tokens; then at most "
+        r"(\d+)",
+        said[0],
+    )
+    assert first is not None and int(first[1]) == len(own.sensitivities)
+    assert int(first[2]) - 1 <= own.passes <= int(first[2]) + int(first[3])
+    assert heard[-1][0] == heard[-1][1] == round(own.passes * CONFIG.num_hidden_layers)
+    assert all(done <= total for done, total in heard) and "found: " in said[-1]
 
 
 class _Tags(html.parser.HTMLParser):
@@ -269,8 +292,9 @@ def test_levels_keep_the_order(a: float, b: float) -> None:
 def test_on_the_trained_miniature() -> None:
     """The row of steps, bisection and moves beat INT4 experts on a model that was trained."""
     folder = miniature()
-    text = text_windows(folder, folder / "held_out.txt", windows=2, length=65)
     numbers = Numbers(folder)
-    (_, int4) = measure(folder, [resolve(read_recipe("int4-experts"), numbers.config)], text.windows)
-    found = search(numbers, parse_bound(f"kl<={int4.kl:.17g}"), text.windows, moves=8)
+    text = folder / "held_out.txt"
+    windows = [own.tokens for own in windows_of(text, folder, numbers.config, 2, 65, pytest.fail)]
+    (_, int4) = measure(folder, [resolve(read_recipe("int4-experts"), numbers.config)], windows)
+    found = search(numbers, parse_bound(f"kl<={int4.kl:.17g}"), windows, moves=8)
     assert found.best.outcome.mean_kl <= int4.kl and found.best.bytes < 0.95 * int4.bytes

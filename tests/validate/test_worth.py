@@ -22,7 +22,7 @@ from shuntyard.exporter.recipe import SHIPPED, Precision, Resolved, parse_recipe
 from shuntyard.validate import metrics, walk
 from shuntyard.validate.demo import miniature
 from shuntyard.validate.emulate import EmulatedStack, Emulation, Numbers, Preparer
-from shuntyard.validate.find import text_windows
+from shuntyard.validate.inputs import windows_of
 from shuntyard.validate.stack import Stack
 from shuntyard.validate.values import Array, Tokens
 from shuntyard.validate.walk import Walker
@@ -158,10 +158,10 @@ def test_numbers_that_overflow_are_refused(tmp_path: Path) -> None:
 def test_the_miniature_and_its_group_sizes() -> None:
     """On a trained model: fewer bytes cost more, smaller groups less, and the table fits a terminal."""
     folder = miniature()
-    text = text_windows(folder, folder / "held_out.txt", windows=4, length=129)
     config = Numbers(folder).config
+    windows = [own.tokens for own in windows_of(folder / "held_out.txt", folder, config, 4, 129, pytest.fail)]
     groups = [resolve(own, config) for own in group_size_recipes(config)]
-    worths = measure(folder, [*(resolve(read_recipe(name), config) for name in SHIPPED), *groups], text.windows)
+    worths = measure(folder, [*(resolve(read_recipe(name), config) for name in SHIPPED), *groups], windows)
     by_name = {worth.recipe: worth for worth in worths}
     assert len(by_name) == len(worths) == len(SHIPPED) + 5
     assert by_name["int4-experts-128"].as_dict() | {"recipe": "", "description": ""} == by_name[
