@@ -273,13 +273,14 @@ class Preparer:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        made = self._make(self.modules[name], precision, product)
-        own = made if isinstance(made, Tensor) else made.weight if isinstance(made, _Linear) else None
-        size = own.nbytes if own is not None else sum(weight.nbytes for weight in made.weights)
-        self._kept[key], self._sizes[key] = made, size
-        while len(self._kept) > 1 and sum(self._sizes.values()) > KEPT_BYTES:
+        room = KEPT_BYTES - 4 * self.modules[name].values  # what it takes at most
+        while self._kept and sum(self._sizes.values()) > room:
             old, _ = self._kept.popitem(last=False)
             del self._sizes[old]
+        made = self._make(self.modules[name], precision, product)
+        own = made if isinstance(made, Tensor) else made.weight if isinstance(made, _Linear) else None
+        self._kept[key] = made
+        self._sizes[key] = own.nbytes if own is not None else sum(weight.nbytes for weight in made.weights)
         return made
 
     def _make(self, module: Module, precision: Precision, product: str | None) -> Any:

@@ -16,6 +16,7 @@ from shuntyard.exporter.modules import Module, modules
 from shuntyard.exporter.quantise import quantise_matrix
 from shuntyard.exporter.recipe import Precision, Resolved, parse_recipe, read_recipe, resolve
 from shuntyard.exporter.rewrite_request import Quantize
+from shuntyard.validate import emulate
 from shuntyard.validate.dequantise import dequantised_state
 from shuntyard.validate.eager import EagerStack
 from shuntyard.validate.emulate import DECLARED, EmulatedStack, Emulation, Matrix, Numbers, Preparer, quantised
@@ -235,6 +236,23 @@ def test_keys_tell_layers_apart(plain: Path) -> None:
     assert one.key(1) != Emulation(preparer, {}).key(1) and one.key(0) == Emulation(preparer, {}).key(0)
     assert Emulation(preparer, {}, {"model.layers.2.self_attn": "fp8"}).key(2) != one.key(2)
     assert Emulation(preparer, {"lm_head": DECLARED}).key(None) != one.key(None)
+
+
+def test_as_many_modules_are_kept_as_fit(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(4) for part in ("q", "o")]
+    preparer = Preparer(Numbers(plain))
+    bytes_of = 4 * preparer.modules[names[0]].values
+    monkeypatch.setattr(emulate, "KEPT_BYTES", 2 * bytes_of)
+    made = [preparer.product(name, Precision()) for name in names]
+    assert [preparer.product(name, Precision()) is own for name, own in zip(names[-2:], made[-2:], strict=True)] == [
+        True,
+        True,
+    ]
+    again = preparer.product(names[0], Precision())
+    assert again is not made[0] and torch.equal(again, made[0])
+    monkeypatch.setattr(emulate, "KEPT_BYTES", 0)
+    for name, own in zip(names, made, strict=True):
+        assert torch.equal(preparer.product(name, Precision()), own)
 
 
 def test_a_matrix_is_its_numbers_times_its_scale() -> None:
