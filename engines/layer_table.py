@@ -12,7 +12,6 @@ Each ``ONNX Layer`` is a node that the layer computes, innermost first, and so n
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,12 +108,15 @@ def parse_tensorrt_log(log: str) -> list[Layer]:
     return layers
 
 
-_IN_THE_PLAN = re.compile(rf"{EXPERTS.name} in the plan: activations (\w+)$", re.MULTILINE)
+_IN_THE_PLAN = re.compile(rf"{EXPERTS.name} in the plan: (\S+) with activations (\w+)$", re.MULTILINE)
 
 
-def experts_activations(log: str) -> Counter[str]:
-    """What the experts' plugin says, each time that it is written into the plan, it does with its rows."""
-    return Counter(_IN_THE_PLAN.findall(log))
+def experts_activations(log: str) -> dict[str, set[str]]:
+    """What the experts' plugin says that it does with its rows, by module, as it is written into the plan."""
+    found: dict[str, set[str]] = {}
+    for module, kind in _IN_THE_PLAN.findall(log):
+        found.setdefault(module, set()).add(kind)
+    return found
 
 
 def graph_layers(model: ir.Model) -> list[Layer]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.graph import WIDENED, retarget
+from shuntyard.exporter.modules import EXPERTS as EXPERTS_MODULE
 from shuntyard.exporter.storage import op_of
 from shuntyard.plugins.contract import DEQUANTIZE, DOMAIN, EXPERTS, PLUGINS, QUANTIZE
 
@@ -87,19 +88,24 @@ def _copy(function: ir.Function, name: str) -> ir.Function:
 
 
 def _name_apart(model: ir.Model) -> None:
-    """Gives each layer that quantises activations a function of its own, and each of its Quantize nodes too, in place.
+    """Gives each layer with experts or quantised activations a function of its own, in place.
 
-    The parser refuses a QuantizeLinear whose name was there before, and a function called twice names its nodes twice.
+    Its experts then know whose they are, which the plugin repeats in the builder's log; and its Quantize nodes have
+    functions and names of their own, for the parser refuses a QuantizeLinear whose name was there before.
     """
     quantizers = {f.name: f for f in model.functions.values() if op_of(f.name) == QUANTIZE.name}
     sources = {
         function.name: function
         for function in model.functions.values()
-        if any(node.op_type in quantizers for node in function)
+        if any(node.op_type in quantizers or node.op_type == EXPERTS.name for node in function)
     }
     for number, call in enumerate(node for node in model.graph if node.op_type in sources):
         own = _copy(sources[call.op_type], f"{call.op_type}_{number}")
-        for k, node in enumerate(node for node in own if node.op_type in quantizers):
+        for k, node in enumerate(own):
+            if node.op_type == EXPERTS.name:
+                node.attributes.add(ir.AttrString("module", f"{call.name}{EXPERTS_MODULE}"))
+            if node.op_type not in quantizers:
+                continue
             quantizer = _copy(quantizers[node.op_type], f"{node.op_type}_{number}_{k}")
             for inner in quantizer:
                 inner.name = f"{inner.op_type}_{number}_{k}"

@@ -122,28 +122,21 @@ def check_plugins(layers: list[Layer], expected: Counter[str]) -> dict[str, int]
     return {str(name): count for name, count in sorted(built.items(), key=str)}
 
 
-def check_experts(said: Counter[str], modules: Mapping[str, ModulePrecision]) -> None:
+def check_experts(said: Mapping[str, set[str]], modules: Mapping[str, ModulePrecision]) -> None:
     """Holds what the experts' plugins say of their rows (``layer_table.experts_activations``) to what was asked.
 
-    A plugin speaks each time that it is written, which is as often for one layer as for another.
-
     Raises:
-        EngineError: they round rows in another way, or in so many other layers.
+        EngineError: they round a module's rows in another way, or are silent about it.
     """
-    asked = Counter(
-        own.activations.removeprefix("fp8-") for name, own in modules.items() if name.endswith(EXPERTS_MODULE)
-    )
-    times = said.total() // max(asked.total(), 1)
-    if said != Counter({kind: times * count for kind, count in asked.items()}) or (asked and not said):
-        raise EngineError(
-            f"plugin {EXPERTS.name} says that it is in the plan with activations {_counts(said)}; asked were "
-            f"{_counts(asked)}",
-            hint=NOT_ASKED,
-        )
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{count} x {kind}" for kind, count in sorted(counter.items())) or "none"
+    asked = {
+        name: {own.activations.removeprefix("fp8-")} for name, own in modules.items() if name.endswith(EXPERTS_MODULE)
+    }
+    for name in sorted(asked.keys() | said.keys()):
+        if said.get(name) != asked.get(name):
+            was, does = (" and ".join(sorted(kinds.get(name, {"nothing"}))) for kinds in (asked, said))
+            raise EngineError(
+                f"'{name}' was to have activations {was}, but its plugin in the plan says {does}", hint=NOT_ASKED
+            )
 
 
 def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: str) -> None:

@@ -261,7 +261,8 @@ class Op:
 
     ``variadic`` names the lists that follow the inputs: arguments of their own in torch; in ONNX, which knows one
     variadic input at most, their tensors stand one list after the other. ``optional`` names inputs that follow, too,
-    and that only some forms have: None in torch, left out in ONNX.
+    and that only some forms have: None in torch, left out in ONNX. ``plugin_attributes`` change nothing of what is
+    computed: the plugin alone has them, and they may be left out.
     """
 
     name: str
@@ -271,6 +272,7 @@ class Op:
     has_plugin: bool
     variadic: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    plugin_attributes: tuple[str, ...] = ()
 
     @property
     def torch_name(self) -> str:
@@ -293,6 +295,7 @@ EXPERTS = Op(
     outputs=("rows",),
     attributes=("top_k", "experts", "layout", "group_size", "activations"),
     has_plugin=True,
+    plugin_attributes=("module",),  # whose experts these are: the plugin says it in the builder's log
 )
 SCATTER_ADD = Op(
     "ShuntyardMoeScatterAdd",

@@ -146,7 +146,9 @@ def creators_of(path: Path) -> list[Creator]:
 
 def test_creators_are_the_contracts_plugins(library: Path) -> None:
     version, namespace = contract.PLUGIN_VERSION, contract.PLUGIN_NAMESPACE
-    assert creators_of(library) == [Creator(op.name, version, namespace, op.attributes) for op in contract.PLUGINS]
+    assert creators_of(library) == [
+        Creator(op.name, version, namespace, (*op.attributes, *op.plugin_attributes)) for op in contract.PLUGINS
+    ]
 
 
 OP_TABLE = (NATIVE / "adapter" / "op.cpp").read_text()
@@ -168,7 +170,10 @@ def test_table_of_ops_is_the_contracts() -> None:
         )
         for name, *both, attributes, has_weights in table
     ]
-    assert rows == [(op.name, op.inputs, op.outputs, op.attributes, bool(op.variadic)) for op in contract.PLUGINS]
+    assert rows == [
+        (op.name, op.inputs, op.outputs, (*op.attributes, *op.plugin_attributes), bool(op.variadic))
+        for op in contract.PLUGINS
+    ]
 
 
 SYMBOLS = {"T": "Tokens", "E": "Experts", "H": "Hidden", "F": "Intermediate", "T*K": "Rows", "E+1": "Offsets"}

@@ -110,6 +110,11 @@ std::string take_attributes(const Op& op, const PluginFieldCollection* fields, A
     if (wrong.empty()) {
         wrong = take_named(fields, "activations", find_activations, "none, static or dynamic", attributes.activations);
     }
+    if (const PluginField* module = find_field(fields, "module"); wrong.empty() && module != nullptr) {
+        const std::optional<std::string> text = text_of(*module);
+        attributes.module = text.value_or("");
+        wrong = text ? "" : "attribute module must be a string";
+    }
     if (wrong.empty() && attributes.group_size > 0 && attributes.activations->code != SHUNTYARD_AS_THEY_ARE) {
         wrong = std::string("there is a group_size, but only FP8 weights take activations that are ") +
                 attributes.activations->name;

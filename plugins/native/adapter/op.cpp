@@ -101,7 +101,7 @@ const Op kExperts{
      {"expert_offsets", ElementType::kInt32, {Extent::kOffsets}},
      {"permutation", ElementType::kInt32, {Extent::kRows}}},
     {{"rows", ElementType::kActivation, {Extent::kRows, Extent::kHidden}}},
-    {"top_k", "experts", "layout", "group_size", "activations"},
+    {"top_k", "experts", "layout", "group_size", "activations", "module"},
     true,
     experts_workspace,
     launch_experts,

@@ -119,9 +119,11 @@ const IDimensionExpr* expression_of(Extent extent, const Op& op, int32_t top_k, 
 
 PluginField field_of(const char* name, const Attributes* attributes) {
     const bool is_layout = std::strcmp(name, "layout") == 0;
-    if (is_layout || std::strcmp(name, "activations") == 0) {
+    const bool is_module = std::strcmp(name, "module") == 0;
+    if (is_layout || is_module || std::strcmp(name, "activations") == 0) {
         const char* text = attributes == nullptr ? nullptr
                            : is_layout           ? attributes->layout->name
+                           : is_module           ? attributes->module.c_str()
                                                  : attributes->activations->name;
         return {name, text, PluginFieldType::kCHAR, text == nullptr ? 1 : static_cast<int32_t>(std::strlen(text) + 1)};
     }
@@ -159,10 +161,11 @@ IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noe
 }
 
 PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
-    // Called for each layer of a plan, as it is written: the builder's log then says what became of the rows.
-    const Activations* activations = signature_.attributes().activations;
-    if (activations != nullptr) {
-        log(Severity::kInfo, std::string(signature_.op().name) + " in the plan: activations " + activations->name);
+    // Called for each layer of a plan, as it is written: the builder's log then says what becomes of whose rows.
+    const Attributes& attributes = signature_.attributes();
+    if (attributes.activations != nullptr && !attributes.module.empty()) {
+        log(Severity::kInfo, std::string(signature_.op().name) + " in the plan: " + attributes.module +
+                                 " with activations " + attributes.activations->name);
     }
     return &stored_;
 }

@@ -12,10 +12,10 @@ constexpr const char* kNamespace = "shuntyard";
 constexpr const char* kPluginVersion = "1";
 
 // Version of what a plugin stores in an engine. Raise it when the stored fields, or what they mean, change.
-constexpr int32_t kFormatVersion = 3;
+constexpr int32_t kFormatVersion = 4;
 
 // More attributes than any op has.
-constexpr int32_t kMaxAttributes = 5;
+constexpr int32_t kMaxAttributes = 6;
 
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,

@@ -17,6 +17,7 @@ struct Attributes {
     const Layout* layout = nullptr;
     int32_t group_size = 0;  // 0: the weights are not INT4
     const Activations* activations = nullptr;
+    std::string module;  // whose experts these are, for the builder's log; may be empty
 
     // Of shuntyard_activations.
     int activations_code() const { return activations == nullptr ? SHUNTYARD_AS_THEY_ARE : activations->code; }

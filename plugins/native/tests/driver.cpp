@@ -73,10 +73,10 @@ void storage() {
     const PluginFieldCollection* kept = runtime_of(attached)->getFieldsToSerialize();
     CHECK(std::strcmp(kept->fields[1].name, "top_k") == 0);
     CHECK(*static_cast<const int32_t*>(kept->fields[1].data) == 3);
-    const int32_t future = 4;
+    const int32_t future = 5;
     fields[0].data = &future;
     CHECK(create("ShuntyardMoeScatterAdd", fields, TensorRTPhase::kRUNTIME) == nullptr);
-    CHECK(says("the engine holds format 4 of this plugin, this library reads format 3"));
+    CHECK(says("the engine holds format 5 of this plugin, this library reads format 4"));
     CHECK(create("ShuntyardMoeScatterAdd", {fields[1]}, TensorRTPhase::kRUNTIME) == nullptr);
     CHECK(says("format_version is missing"));
     delete attached;
