@@ -47,7 +47,7 @@ inline nvinfer1::IPluginV3OneRuntime* runtime_of(nvinfer1::IPluginV3* plugin) {
 }
 
 inline nvinfer1::IPluginV3* create_experts(int64_t top_k, int64_t experts, const char* layout, int64_t group_size,
-                                           const char* activations = "none") {
+                                           const char* activations = "none", const char* module = "") {
     using Type = nvinfer1::PluginFieldType;
     const auto text = [](const char* name, const char* value) {
         return nvinfer1::PluginField{name, value, Type::kCHAR, static_cast<int32_t>(std::strlen(value))};
@@ -56,5 +56,6 @@ inline nvinfer1::IPluginV3* create_experts(int64_t top_k, int64_t experts, const
                                           {"experts", &experts, Type::kINT64, 1},
                                           text("layout", layout),
                                           {"group_size", &group_size, Type::kINT64, 1},
-                                          text("activations", activations)});
+                                          text("activations", activations),
+                                          text("module", module)});
 }

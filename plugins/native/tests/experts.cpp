@@ -26,7 +26,8 @@ bool accepts_shapes(IPluginV3* plugin, const Tensors& tensors) {
 
 void experts_attributes() {
     const PluginFieldCollection* names = creator_of("ShuntyardMoeExperts")->getFieldNames();
-    CHECK(names->nbFields == 5);
+    CHECK(names->nbFields == 6);
+    CHECK(std::strcmp(names->fields[5].name, "module") == 0 && names->fields[5].type == PluginFieldType::kCHAR);
     CHECK(std::strcmp(names->fields[4].name, "activations") == 0 && names->fields[4].type == PluginFieldType::kCHAR);
     CHECK(std::strcmp(names->fields[2].name, "layout") == 0 && names->fields[2].type == PluginFieldType::kCHAR);
     CHECK(create_experts(1, 0, "fused", 0) == nullptr);
@@ -70,9 +71,9 @@ void experts_attributes() {
 }
 
 void experts_storage() {
-    IPluginV3* plugin = create_experts(3, 200, "linear", 0, "static");
+    IPluginV3* plugin = create_experts(3, 200, "linear", 0, "static", "model.layers.1");
     const PluginFieldCollection* stored = runtime_of(plugin)->getFieldsToSerialize();
-    CHECK(stored->nbFields == 6);
+    CHECK(stored->nbFields == 7);
     // As an engine does it: the bytes outlive the plugin.
     std::vector<std::string> bytes;
     std::vector<PluginField> fields(stored->fields, stored->fields + stored->nbFields);
@@ -89,14 +90,15 @@ void experts_storage() {
     delete plugin;
     delete again;
     const PluginFieldCollection* kept = runtime_of(attached)->getFieldsToSerialize();
-    const char* const names[] = {"format_version", "top_k", "experts", "layout", "group_size", "activations"};
-    const char* const texts[] = {nullptr, nullptr, nullptr, "linear", nullptr, "static"};
-    const int32_t values[] = {3, 3, 200, 0, 0, 0};
-    for (int32_t i = 0; i < 6; ++i) {
+    const char* const names[] = {"format_version", "top_k", "experts", "layout", "group_size", "activations", "module"};
+    const char* const texts[] = {nullptr, nullptr, nullptr, "linear", nullptr, "static", "model.layers.1"};
+    const int32_t values[] = {4, 3, 200, 0, 0, 0, 0};
+    for (int32_t i = 0; i < 7; ++i) {
         CHECK(std::strcmp(kept->fields[i].name, names[i]) == 0);
         CHECK(texts[i] != nullptr ? std::strcmp(static_cast<const char*>(kept->fields[i].data), texts[i]) == 0
                                   : *static_cast<const int32_t*>(kept->fields[i].data) == values[i]);
     }
+    CHECK(says("ShuntyardMoeExperts in the plan: model.layers.1 with activations static"));
     delete attached;
     IPluginV3* grouped = create_experts(1, 4, "linear", 128);
     CHECK(*static_cast<const int32_t*>(runtime_of(grouped)->getFieldsToSerialize()->fields[4].data) == 128);
