@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shuntyard.errors import EngineError
 from shuntyard.validate.report import Module
-from shuntyard.validate.tolerances import MARGIN, MODULES, ORDER, ROUNDINGS, TOLERANCES, Tolerance
+from shuntyard.validate.tolerances import CODES, MARGIN, MODULES, NOT_JUDGED, ORDER, ROUNDINGS, TOLERANCES, Tolerance
 
 WHOLE = "logits"
 MODULE_METRICS = ("relative", "coordinate", "margin")
@@ -78,13 +78,26 @@ def read_overrides(path: Path) -> list[Override]:
 
 
 class Bounds:
-    """What counts for a comparison of models in these number formats; remembers which overrides were used."""
+    """What counts for a comparison of models in these number formats; remembers which overrides were used.
 
-    def __init__(self, formats: tuple[str, ...], overrides: list[Override] | None = None) -> None:
-        self.format = max(formats, key=ORDER.index)
+    ``fp8``: whether inputs of products are rounded to FP8 numbers. ``alike``: whether the two are to be the same; a
+    quantised engine and what it was quantised from are not, and only overrides count.
+    """
+
+    def __init__(
+        self,
+        formats: tuple[str, ...],
+        overrides: list[Override] | None = None,
+        *,
+        fp8: bool = False,
+        alike: bool = True,
+    ) -> None:
+        self.format, self.fp8, self.alike = max(formats, key=ORDER.index), fp8, alike
         self._overrides = [o for o in overrides or [] if o.format in (None, self.format)]
         self._used: set[int] = set()
-        self.whole: Tolerance = TOLERANCES[self.format]
+        self.itself: Tolerance = CODES[self.format].whole if fp8 else TOLERANCES[self.format]
+        """Of an engine against the same one, marked."""
+        self.whole = self.itself if alike else NOT_JUDGED
         for i, override in enumerate(self._overrides):
             if override.module == WHOLE:
                 self.whole = replace(self.whole, **{str(override.metric): override.bound})  # type: ignore[arg-type]
@@ -93,9 +106,10 @@ class Bounds:
     def module(self, module: str, part: str, mode: str) -> tuple[float | None, float | None]:
         """Bounds on ``relative`` and ``coordinate``; mode "free" is wider, or not judged."""
         rounding, own = ROUNDINGS[self.format], MODULES[part]
-        factor = rounding.free if mode == "free" else 1.0
+        # A number that is turned early on turns others behind it, and in the engine others than in the reference.
+        factor = 1.0 if mode != "free" else None if self.fp8 else rounding.free
         found: list[float | None] = [None, None]
-        if factor is not None:
+        if factor is not None and self.alike:
             found = [own.relative * rounding.unit * factor, own.coordinate * rounding.unit * factor]
         for i, override in enumerate(self._overrides):
             if override.module != WHOLE and fnmatchcase(module, override.module) and override.metric != "margin":
@@ -106,9 +120,17 @@ class Bounds:
                     found[MODULE_METRICS.index(override.metric)] = override.bound * factor
         return found[0], found[1]
 
+    def slack(self, module: str) -> tuple[float, float]:
+        """How many times a token's slack its bounds on ``relative`` and ``coordinate`` are wider; an override's not."""
+        own = [CODES[self.format].slack if self.fp8 else 0.0] * 2
+        for override in self._overrides:
+            if override.module != WHOLE and fnmatchcase(module, override.module) and override.metric != "margin":
+                own[MODULE_METRICS.index(override.metric)] = 0.0
+        return own[0], own[1]
+
     def margin(self, module: str) -> float:
         """Bound on a flip's margin, by the root mean square of the token's router logits."""
-        bound = MARGIN * ROUNDINGS[self.format].unit
+        bound = MARGIN * ROUNDINGS[self.format].unit if self.alike else math.inf
         for i, override in enumerate(self._overrides):
             if override.metric == "margin" and fnmatchcase(module, override.module):
                 self._used.add(i)

@@ -85,6 +85,19 @@ class _Weight:
             return len(self.shape) == 2 and rows == self.shape[0] and groups > 0 and self.shape[1] % groups == 0
         return math.prod(scale) in (1, *self.shape[:1])
 
+    def read_reach(self, into: Tensor) -> None:
+        """Writes ``[2, ...]``: how far below and above each value lies what is rounded to it."""
+        assert self.scale is not None
+        numbers, scale = self.numbers.read(), self.scale.read()
+        if self.packed:
+            values = unpacked_int4(numbers, torch.ones_like(scale, dtype=torch.float32))
+            half = 0.5 * scale.float().repeat_interleave(values.shape[1] // scale.shape[1], dim=1)
+            into[0] = torch.where(values == -8, math.inf, half)  # what is larger than all numbers becomes the largest
+            into[1] = torch.where(values == 7, math.inf, half)
+            return
+        exponents = numbers.float().abs().clamp(min=2.0**-6).frexp().exponent - 1
+        into[:] = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 4) * _against(scale, numbers)
+
     def read(self, into: Tensor) -> None:
         """Writes the values, in fp32, into a tensor (or a transposed view) of its shape."""
         scale = None if self.scale is None else self.scale.read()
@@ -129,7 +142,9 @@ class DequantisedCheckpoint:
 
     def __init__(self, checkpoint: Path) -> None:
         self._path = checkpoint
-        matrices = self._weights(self._places())
+        places = self._places()
+        self._input_scales = {name: place for name, place in places.items() if name.endswith("input_scale")}
+        matrices = self._weights(places)
         self._experts = self._stacks(matrices)
         own = {name for stack in self._experts.values() for name in stack}
         self._plain = {name: weight for name, weight in matrices.items() if name not in own}
@@ -147,6 +162,45 @@ class DequantisedCheckpoint:
         tensor = torch.empty(self.shapes[name])
         self._plain[name].read(tensor)
         return tensor
+
+    def reach(self, name: str) -> Tensor | None:
+        """How far below and above each value of a parameter lies what is rounded to it, ``[2, ...]``; None: plain."""
+        module, _, part = name.rpartition(".")
+        if module in self._experts:
+            first = next(iter(self._experts[module].values()))
+            return None if first.scale is None else self._stack(module, part, reach=True)
+        weight = self._plain[name]
+        if weight.scale is None:
+            return None
+        found = torch.empty(2, *weight.shape)
+        weight.read_reach(found)
+        return found
+
+    def plain_type(self, name: str) -> str:
+        """The type that a parameter's numbers are stored in, as safetensors spells it."""
+        module = name.rpartition(".")[0]
+        own = next(iter(self._experts[module].values())) if module in self._experts else self._plain[name]
+        return own.numbers.dtype
+
+    def input_scale(self, *names: str) -> Tensor:
+        """The scale of a module's inputs, fp32 ``[1]``, under the first of these names that there is.
+
+        Raises:
+            CheckpointError: there is none, or it is not one positive number.
+        """
+        place = next((self._input_scales[name] for name in names if name in self._input_scales), None)
+        if place is None:
+            raise CheckpointError(
+                f"{self._path}: there is no tensor '{names[0]}', by which the engine rounds activations",
+                hint="hold the engine to the model directory that it was built from",
+            )
+        scale = place.read().float().reshape(-1)
+        if scale.numel() != 1 or not 0 < float(scale[0]) < math.inf:
+            raise CheckpointError(
+                f"{place.file}: tensor '{place.name}' is no scale: it must be one positive number",
+                hint="the checkpoint is damaged, or was not calibrated",
+            )
+        return scale
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """A layer's parameters, by their names below ``model.layers.INDEX.``."""
@@ -234,13 +288,15 @@ class DequantisedCheckpoint:
                     )
         return stacks
 
-    def _stack(self, module: str, part: str) -> Tensor:
+    def _stack(self, module: str, part: str, *, reach: bool = False) -> Tensor:
         """Per-expert matrices ``[out, in]`` as transformers' stacks ``[E, in, out]``, gate before up."""
-        stacked = torch.empty(self.shapes[f"{module}.{part}"])
-        for e, expert in enumerate(stacked):
+        shape = self.shapes[f"{module}.{part}"]
+        stacked = torch.empty(2, *shape) if reach else torch.empty(shape)
+        for e in range(shape[0]):
             parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-            for name, matrix in zip(parts, expert.chunk(len(parts), dim=1), strict=True):
-                self._experts[module][f"{module}.{e}.{name}.weight"].read(matrix.T)
+            for name, matrix in zip(parts, stacked[..., e, :, :].chunk(len(parts), dim=-1), strict=True):
+                weight = self._experts[module][f"{module}.{e}.{name}.weight"]
+                (weight.read_reach if reach else weight.read)(matrix.transpose(-1, -2))
         return stacked
 
 

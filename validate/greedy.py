@@ -53,11 +53,15 @@ def compare(
             scored = np.asarray(logits[n - 1 : n - 1 + count])
             theirs = scored.argmax(1)
             if (theirs == ours).all():
-                report.checks.append(Check(name, "equal", "equal", True))
+                judged = bounds.whole.tie is not None
+                report.checks.append(Check(name, "equal", "equal" if judged else "-", judged or None))
                 continue
             place = int((theirs != ours).argmax())
             margin = float(scored[place].max() - scored[place][int(ours[place])])
             detail = f"engine {int(ours[place])}, reference {int(theirs[place])}, margin {margin:.3g}"
+            if bounds.whole.tie is None:
+                report.checks.append(Check(name, f"differ at {place}", "-", None, detail))
+                continue
             bound = f"equal, or a margin < {bounds.whole.tie:g}"
             ok: bool | None = margin < bounds.whole.tie
             if not ok and not clear[row][n - 1 + place]:

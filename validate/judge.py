@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
@@ -74,7 +75,7 @@ def judge_logits(
         report.at_most(
             f"{part}: perplexity, relative",
             float(np.abs(np.expm1(ours - theirs))),
-            whole.perplexity * max(1.0, theirs / guessing),
+            None if whole.perplexity is None else whole.perplexity * max(1.0, theirs / guessing),
             f"engine {np.exp(ours):.6g}, reference {np.exp(theirs):.6g}",
             WHOLE,
         )
@@ -173,8 +174,8 @@ def _judge_flips(report: Report, walk: Walk, bounds: Bounds) -> None:
     if not routed:
         return
     tokens, flips = sum(r.tokens for r in routed), sum(r.flips for r in routed)
-    if walk.mode != "free":
-        _judge_agreement(report, walk, routed, exact=bounds.format == "fp32")
+    if walk.mode != "free" and bounds.alike:
+        _judge_agreement(report, walk, routed, exact=bounds.format == "fp32" and not bounds.fp8)
     agreement = 1 - flips / max(1, tokens)
     report.checks.append(
         Check(f"{walk.mode}: routing agreement", agreement, "-", None, f"{flips} of {tokens} choices differ")
@@ -189,7 +190,7 @@ def _judge_flips(report: Report, walk: Walk, bounds: Bounds) -> None:
     report.at_most(
         f"{walk.mode}: margin of the worst flip",
         worst.margin,
-        worst.bound,
+        None if math.isinf(worst.bound) else worst.bound,
         f"{module}: sequence '{worst.sequence}', token {worst.token}, experts {worst.reference} became {worst.engine}",
         module,
     )

@@ -80,11 +80,11 @@ def _ends(
     sequences: Many[Sequence],
     expected: Many[Array],
     actual: Many[Array],
-    keep: Masks | None = None,
+    slack: Many[Array] | None = None,
 ) -> LayerComparison:
     """The embedding or the head, which are one module each."""
     part = name.split(".")[-1]
-    module, errors = compare_module(name, layer, part, mode, bounds, sequences, expected, actual, keep)
+    module, errors = compare_module(name, layer, part, mode, bounds, sequences, expected, actual, None, slack)
     return LayerComparison([module], errors=[errors])
 
 
@@ -120,7 +120,7 @@ def walk_stack(
             own = [values.hidden for values in found[n:]]
     last = c.num_hidden_layers
     heads = stack.head([*reference.hidden_before(last), *(own if free else ())])
-    forced.add(_head(last, "forced", bounds, sequences, reference.logits(), heads))
+    forced.add(_head(last, "forced", bounds, sequences, reference.logits(), heads, reference.logits_slack()))
     if free and on_logits is not None:
         for row, logits in enumerate(heads):
             on_logits(row, logits)
@@ -134,20 +134,20 @@ def _head(
     sequences: Many[Sequence],
     expected: Iterable[Array],
     actual: Iterator[Array],
+    slack: Iterable[Array] | None,
 ) -> LayerComparison:
     """The head, one sequence's logits at a time, for they are the largest values; the worst stands for all."""
+    more = [None] * len(sequences) if slack is None else [[own] for own in slack]
     found = [
-        _ends("lm_head", layer, mode, bounds, [sequence], [theirs], [next(actual)])
-        for sequence, theirs in zip(sequences, expected, strict=True)
+        _ends("lm_head", layer, mode, bounds, [sequence], [theirs], [next(actual)], own)
+        for sequence, theirs, own in zip(sequences, expected, more, strict=True)
     ]
     modules = [comparison.modules[0] for comparison in found]
     worst = max(modules, key=excess)
-    merged = replace(
-        worst,
-        relative=max(m.relative for m in modules),
-        coordinate=max(m.coordinate for m in modules),
-        tokens=sum(m.tokens for m in modules),
-    )
+    merged = replace(worst, tokens=sum(m.tokens for m in modules))
+    if slack is None:  # else bounds are a token's own, and not another's
+        largest = max(m.relative for m in modules), max(m.coordinate for m in modules)
+        merged = replace(merged, relative=largest[0], coordinate=largest[1])
     return LayerComparison([merged], errors=[np.concatenate([c.errors[0] for c in found])])
 
 
@@ -185,6 +185,7 @@ def walk_inverse(runs: Many[WholeRun], reference: Stack, bounds: Bounds) -> Walk
         actual = [run.layer(i) for run in runs]
         walk.add(compare_layer(i, c.num_experts_per_tok, "inverse", bounds, sequences, expected, actual))
     last = c.num_hidden_layers
-    logits = reference.head([run.hidden_before(last) for run in runs])
-    walk.add(_head(last, "inverse", bounds, sequences, logits, (run.logits for run in runs)))
+    before = [run.hidden_before(last) for run in runs]
+    logits, slack = reference.head(before), reference.head_slack(before)
+    walk.add(_head(last, "inverse", bounds, sequences, logits, (run.logits for run in runs), slack))
     return walk

@@ -62,8 +62,11 @@ def compare_module(
     expected: Many[Array],
     actual: Many[Array],
     keep: Many[NDArray[np.bool_]] | None = None,
+    slack: Many[Array] | None = None,
 ) -> tuple[Module, NDArray[np.float64]]:
     """One module's values ``[S, ...]`` of each sequence; ``keep [S]`` of each says which tokens count.
+
+    ``slack [S, 2]`` of each: by how much more than by the bounds a token may be off, as ``activations.py`` says it.
 
     Returns the errors, and the mean square relative error of each sequence (NaN where no token of it counts).
     """
@@ -88,12 +91,15 @@ def compare_module(
         errors = np.bincount(owner, squares, len(lengths)) / np.bincount(owner, kept, len(lengths))
     if not kept.any():
         return Module(name, layer, part, mode, 0.0, None, 0.0, None, "no token counts", 0, None), errors
-    worst_relative = float(relative[kept].max())
-    worst_coordinate = float(coordinate[kept].max())
-    judged = [(worst_relative, relative_bound, relative), (worst_coordinate, coordinate_bound, coordinate)]
+    more = np.zeros((len(y), 2)) if slack is None else np.concatenate(list(slack)) / scale[:, None]
+    more = more * np.array(bounds.slack(name))
+    judged = [
+        _worst(relative, relative_bound, more[:, 0], kept),
+        _worst(coordinate, coordinate_bound, more[:, 1], kept),
+    ]
     # Where it is worst by the metric that is furthest beyond its bound.
-    _, _, by = max(judged, key=lambda j: j[0] / j[1] if j[1] else 0.0)
-    token = int(np.where(kept, by, -1.0).argmax())
+    (worst_relative, relative_bound, _), (worst_coordinate, coordinate_bound, _) = judged
+    _, _, token = max(judged, key=lambda j: j[0] / j[1] if j[1] else 0.0)
     sequence = int(owner[token])
     place = token - sum(lengths[:sequence])
     channel = int(difference[token].argmax())
@@ -118,6 +124,20 @@ def compare_module(
         ),
         errors,
     )
+
+
+def _worst(
+    errors: NDArray[np.float64], bound: float | None, more: NDArray[np.float64], kept: NDArray[np.bool_]
+) -> tuple[float, float | None, int]:
+    """The error that is furthest beyond its token's bound, that bound, and the token."""
+    if bound is None:
+        token = int(np.where(kept, errors, -1.0).argmax())
+        return float(errors[token]), None, token
+    bounds = bound + more
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by = np.where(errors > 0, errors / bounds, 0.0)
+    token = int(np.where(kept, by, -1.0).argmax())
+    return float(errors[token]), float(bounds[token]), token
 
 
 def _channel(array: Array, flat: int) -> str:
@@ -157,12 +177,19 @@ def compare_layer(
             [a for a in theirs if a is not None],
             [a for a in ours if a is not None],
             agreed if part in AFTER_ROUTING else before,
+            _slack(expected, part),
         )
         if part == "feed_forward.experts" and module.tokens:
             module = _with_experts(module, expected, top_k)
         out.modules.append(module)
         out.errors.append(errors)
     return out
+
+
+def _slack(expected: Many[LayerValues], part: str) -> list[Array] | None:
+    """``[S, 2]`` of each sequence."""
+    found = [v.slack[:, PARTS.index(part)] for v in expected if v.slack is not None]
+    return found if len(found) == len(expected) else None
 
 
 def _with_experts(module: Module, expected: Many[LayerValues], top_k: int) -> Module:
@@ -185,7 +212,7 @@ def _compare_routing(
 ) -> list[NDArray[np.bool_]]:
     """Fills in routing, flips and misses; returns which tokens of each sequence have the same experts."""
     name = module_name(layer, "feed_forward.router")
-    margin_bound = bounds.margin(name)
+    margin_bound, slack_of = bounds.margin(name), bounds.slack(name)[1]
     agreed, misses = [], []
     score_error, worst, count = 0.0, 0.0, 0
     experts = expected[0].router.shape[1] if expected[0].router is not None else 0
@@ -210,6 +237,9 @@ def _compare_routing(
             left, entered = np.setdiff1d(a[token], b[token]), np.setdiff1d(b[token], a[token])
             margin = float(y[token, left].max() - y[token, entered].min())
             relative = margin / float(rms[token])
+            bound = margin_bound
+            if theirs.slack is not None:  # of two logits
+                bound += 2 * slack_of * float(theirs.slack[token, PARTS.index("feed_forward.router"), 1] / rms[token])
             worst = max(worst, relative)
             out.flips.append(
                 Flip(
@@ -222,8 +252,8 @@ def _compare_routing(
                     [int(e) for e in a[token]],
                     [int(e) for e in b[token]],
                     relative,
-                    margin_bound,
-                    bool(relative <= margin_bound),
+                    bound,
+                    bool(relative <= bound),
                 )
             )
         count += int(counts.sum())

@@ -112,6 +112,10 @@ class Recording:
         """``[S, V]`` of each sequence."""
         return self._split("logits.npy")
 
+    def logits_slack(self) -> list[Array] | None:
+        """``[S, 2]`` of each sequence, see :meth:`Stack.head_slack`."""
+        return self._split("slack.npy") if "slack.npy" in self._maps else None
+
     def _split(self, name: str) -> list[Array]:
         # Pages of a map that were read count as this process's memory, though the kernel may take them back: give them
         # back now. What still looks at them reads them again.
@@ -268,6 +272,9 @@ def record(
     report_line(f"{stack.label}: logits")
     with writer.reading(before) as hidden:
         writer.write("logits", ({"": each} for each in stack.head(hidden)))
+        slack = stack.head_slack(hidden)
+        if slack is not None:
+            writer.write("slack", ({"": each} for each in slack))
     index = {"schema": SCHEMA, "label": stack.label, "dtype": stack.dtype, "layers": layers}
     text = json.dumps(index | {"lengths": writer.lengths, "files": writer.files})
     digest = hashlib.blake2b(text.encode()).hexdigest()

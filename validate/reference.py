@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from shuntyard.errors import CheckpointError, EngineError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.config_file import ConfigFile, load_config_file
 from shuntyard.exporter.quantization import read_quantization
+from shuntyard.validate.activations import Activations, RoundedInputs, difference_of, slack_of
 from shuntyard.validate.dequantise import (
     IMAGES,
     DequantisedCheckpoint,
@@ -87,9 +89,10 @@ class Reference:
         return [int(token) for token in out[0, len(tokens) :]]
 
 
-def reference_label() -> str:
+def reference_label(activations: Activations | None = None) -> str:
     """What a ``LayeredReference`` calls itself: ``transformers 5.24.0``."""
-    return f"transformers {_transformers().__version__}"
+    own = f"transformers {_transformers().__version__}"
+    return own if activations is None else f"{own}, {activations.label}"
 
 
 class LayeredReference(Stack):
@@ -98,6 +101,8 @@ class LayeredReference(Stack):
     The forward passes are transformers' own: of the model, with recorders in its layers' places, for the embedding, the
     head, and the masks, positions and rotation that layers are called with; of each layer, for the rest.
 
+    With ``activations``, the inputs of these modules are rounded to FP8 numbers, and values come with their slack.
+
     Raises:
         EngineError: transformers is missing, or is none that is understood.
         CheckpointError: a parameter is missing, or of another shape, or a tensor is left over; names it.
@@ -105,9 +110,9 @@ class LayeredReference(Stack):
 
     dtype = "fp32"
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, activations: Activations | None = None) -> None:
         transformers = _transformers()
-        self.label = reference_label()
+        self.label = reference_label(activations)
         file, self._own = _configurations(checkpoint)
         self.config = file.text
         self._checkpoint, self._weights = checkpoint, DequantisedCheckpoint(checkpoint)
@@ -125,6 +130,7 @@ class LayeredReference(Stack):
         model.model.layers = nn.ModuleList(self._recorders)
         model.model.norm.weight = _parameter(self._weights.outer("model.norm.weight"))
         self._model: Any = model.eval()
+        self._rounded = RoundedInputs(activations or Activations({}, 0.0), self._weights)
         self._calls: dict[int, list[dict[str, Any]]] = {}
 
     def embed(self, sequences: Sequence[Tokens]) -> Iterator[Array]:
@@ -145,8 +151,27 @@ class LayeredReference(Stack):
         name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         with self._filled(self._model.lm_head, name):
             for each in hidden:
-                # The recorders give on what they get: what remains of the model is its head.
-                yield _array(self._forward(inputs_embeds=_tensor(each)[None]).logits[0])
+                yield _array(self._logits(_tensor(each))[0])
+
+    def head_slack(self, hidden: Sequence[Array]) -> Iterator[Array] | None:
+        """See :class:`Stack`."""
+        return self._head_slack(hidden) if "lm_head" in self._rounded else None
+
+    def _head_slack(self, hidden: Sequence[Array]) -> Iterator[Array]:
+        with self._filled(self._model.lm_head, "lm_head.weight"):
+            for each in hidden:
+                yield difference_of(*(_array(logits) for logits in self._logits(_tensor(each))))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """``[S, H] -> [1 or 2, S, V]``: two, as they are and as they could be, where the head's input is rounded."""
+        # The recorders give on what they get: what remains of the model is its head.
+        if "lm_head" not in self._rounded:
+            return cast(Tensor, self._forward(inputs_embeds=hidden[None]).logits)
+        handle = self._model.lm_head.register_forward_pre_hook(self._rounded.hook("lm_head"))
+        try:
+            return cast(Tensor, self._forward(inputs_embeds=hidden.expand(2, *hidden.shape)).logits)
+        finally:
+            handle.remove()
 
     def _hold_to_files(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Each parameter in the files, each weight of the files a parameter."""
@@ -189,6 +214,7 @@ class LayeredReference(Stack):
             layer.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise _cannot_be_loaded(self._checkpoint, error) from error
+        self._rounded.apply(layer, index, self.label)
         return layer.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -214,23 +240,33 @@ class LayeredReference(Stack):
         with contextlib.ExitStack() as stack:
             for name in taps:
                 stack.enter_context(_tap(layer, name, seen, self.label))
-            out = layer(hidden[None], **{**self._call(index, len(hidden)), self._cache_argument: cache})
+            # Twice side by side where activations are rounded: the second is what noise can make of the first.
+            times = 2 if self._rounded.touches(index) else 1
+            call = {**self._call(index, len(hidden)), self._cache_argument: cache}
+            out = layer(hidden.expand(times, *hidden.shape), **call)
         out = out[0] if isinstance(out, tuple) else out
         if cache.key is None or cache.value is None:
             raise EngineError(
                 f"{self.label}: its attention gives keys to no '{self._cache_argument}'", hint=UNKNOWN_TRANSFORMERS
             )
-        key, value = (each[0].transpose(0, 1) for each in (cache.key, cache.value))  # [S, G, D]
+        seen |= {"key": cache.key.transpose(1, 2).flatten(0, 1), "value": cache.value.transpose(1, 2).flatten(0, 1)}
+        seen["hidden"] = out.reshape(-1, out.shape[-1])
+        found = [self._values(index, seen, slice(i * len(hidden), (i + 1) * len(hidden))) for i in range(times)]
+        return found[0] if times == 1 else replace(found[0], slack=slack_of(*found))
+
+    def _values(self, index: int, seen: dict[str, Tensor], rows: slice) -> LayerValues:
+        """What a layer gave, of the tokens in ``rows``."""
+        own = {name: _array(tensor[rows]) for name, tensor in seen.items()}
         return LayerValues(
-            key=self._within_chunk(_array(key)) if self.config.uses_rope(index) else _array(key),
-            value=_array(value),
-            attention=_array(seen["self_attn"]),
-            feed_forward=_array(seen["feed_forward"]),
-            hidden=_array(out[0]),
-            attention_input=_array(seen["input_layernorm"]),
-            feed_forward_input=_array(seen["post_attention_layernorm"]),
-            router=_array(seen["feed_forward.router"]) if moe else None,
-            shared=_array(seen["feed_forward.shared_expert"]) if moe else None,
+            key=self._within_chunk(own["key"]) if self.config.uses_rope(index) else own["key"],
+            value=own["value"],
+            attention=own["self_attn"],
+            feed_forward=own["feed_forward"],
+            hidden=own["hidden"],
+            attention_input=own["input_layernorm"],
+            feed_forward_input=own["post_attention_layernorm"],
+            router=own.get("feed_forward.router"),
+            shared=own.get("feed_forward.shared_expert"),
         )
 
     def _within_chunk(self, key: Array) -> Array:

@@ -176,9 +176,10 @@ class Report:
         ok = None if bound is None else bool(value <= bound)
         self.checks.append(Check(name, value, "-" if bound is None else f"<= {bound:g}", ok, detail, module))
 
-    def at_least(self, name: str, value: float, bound: float, detail: str = "", module: str = "") -> None:
+    def at_least(self, name: str, value: float, bound: float | None, detail: str = "", module: str = "") -> None:
         """Adds a check ``value >= bound``; NaN fails."""
-        self.checks.append(Check(name, value, f">= {bound:g}", bool(value >= bound), detail, module))
+        ok = None if bound is None else bool(value >= bound)
+        self.checks.append(Check(name, value, "-" if bound is None else f">= {bound:g}", ok, detail, module))
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""

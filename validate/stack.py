@@ -39,6 +39,10 @@ class Stack(abc.ABC):
     def head(self, hidden: Sequence[Array]) -> Iterator[Array]:
         """Final norm and ``lm_head``: ``[S, H]`` of each sequence -> logits ``[S, V]`` of each."""
 
+    def head_slack(self, hidden: Sequence[Array]) -> Iterator[Array] | None:
+        """By how much rounding alone may turn logits: root mean square and largest, ``[S, 2]``; None: not at all."""
+        return None
+
 
 SINGLES = 4
 """So many tokens at the end of a sequence are fed one at a time, as generation does."""

@@ -6,12 +6,17 @@
 ``eager:CKPT``          our eager model in fp32; ``eager-fp16:``, ``eager-bf16:``
 ``transformers:CKPT``   transformers in fp32, layer by layer from disk; the prefix may be left out
 ======================  ==========================================================================
+
+A checkpoint does not say whether the inputs of products are to be rounded to FP8 numbers, only how: transformers and
+the eager model round what the other side rounds. Of a model directory the eager model does what the graph does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +27,12 @@ from shuntyard.exporter.checkpoint import Checkpoint, open_checkpoint
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.config_file import load_config_file
 from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, read_manifest
+from shuntyard.exporter.precision import ModulePrecision
 from shuntyard.exporter.values import check_finite
 from shuntyard.exporter.weights import match_weights
+from shuntyard.validate.activations import Activations, described
 from shuntyard.validate.eager import TORCH_TYPES, EagerStack, eager_label
+from shuntyard.validate.emulate import DECLARED, EmulatedStack, Emulation, Numbers, Preparer
 from shuntyard.validate.graph import GraphStack, graph_label
 from shuntyard.validate.record import RecordingKey
 from shuntyard.validate.reference import LayeredReference, reference_label
@@ -59,6 +67,27 @@ class Subject:
     checkpoint: Checkpoint | None = None
     manifest: EngineManifest | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, ModulePrecision] | None = None  # what was asked of each; None: a checkpoint, as it is stored
+    fp8_kv_cache: list[int] = field(default_factory=list)
+
+    @property
+    def activations(self) -> dict[str, str]:
+        """Modules whose inputs are rounded to FP8 numbers: "static" or "dynamic"."""
+        own = self.modules or {}
+        return {n: m.activations.removeprefix("fp8-") for n, m in own.items() if m.activations != "none"}
+
+    def rounding(self, other: Subject, noise: float) -> Subject:
+        """Itself; a checkpoint, which says of itself only how it could be run, as one that rounds what ``other`` does.
+
+        ``noise``: see ``activations.py``; of what the two compute.
+        """
+        if self.modules is not None or not other.activations:
+            return self
+        if self.kind == "transformers":
+            own = Activations(other.activations, noise)
+            label, make = reference_label(own), lambda: LayeredReference(self.path, own)
+            return replace(self, label=label, make_stack=make, modules=other.modules)
+        return _emulated(self, other.modules or {}, other.fp8_kv_cache)
 
     @property
     def key(self) -> RecordingKey:
@@ -144,6 +173,8 @@ def _engine(spec: str, path: Path) -> Subject:
         {name: record.sha256 for name, record in manifest.files.items()},
         manifest=manifest,
         facts=_engine_facts(manifest),
+        modules=manifest.modules,
+        fp8_kv_cache=manifest.fp8_kv_cache,
     )
 
 
@@ -160,6 +191,11 @@ def _engine_facts(manifest: EngineManifest) -> dict[str, str]:
         "graph": manifest.graph_sha256[:16],
         "built by": f"shuntyard {manifest.shuntyard}",
     }
+    if manifest.recipe is not None:
+        facts["recipe"] = manifest.recipe.name
+    kinds = {n: m.activations.removeprefix("fp8-") for n, m in manifest.modules.items() if m.activations != "none"}
+    if kinds:
+        facts["activations"] = f"FP8 in {described(kinds)}"
     if manifest.marked:
         facts["marked"] = f"{len(manifest.marked)} values in between are outputs: not the engine that is used"
     return facts
@@ -183,6 +219,8 @@ def _graph(spec: str, path: Path) -> Subject:
         {**shards, **_hashes(path, MODEL_NAME)},
         checkpoint=checkpoint,
         facts={"graph": graph[:16], "compute type": manifest.dtype},
+        modules=manifest.precision,
+        fp8_kv_cache=manifest.fp8_kv_cache,
     )
 
 
@@ -194,7 +232,7 @@ def _of_checkpoint(spec: str, path: Path, prefix: str) -> Subject:
     def make() -> Stack:
         return EagerStack(path, dtype) if kind == "eager" else LayeredReference(path)
 
-    return Subject(
+    found = Subject(
         spec,
         kind,
         path,
@@ -207,6 +245,29 @@ def _of_checkpoint(spec: str, path: Path, prefix: str) -> Subject:
         checkpoint=checkpoint,
         facts={"compute type": dtype},
     )
+    if kind == "eager" and _kind_of_directory(path) == "model":
+        manifest = ModelManifest.model_validate(read_manifest(path))
+        found.identity = replace(found.identity, rewritten_from=manifest.rewritten_from)
+        return _emulated(found, manifest.precision, manifest.fp8_kv_cache)
+    return found
+
+
+def _emulated(subject: Subject, modules: dict[str, ModulePrecision], fp8_kv_cache: list[int]) -> Subject:
+    """The eager model with each module computed as the manifest of a model directory says it of the graph's."""
+    own = replace(subject, modules=modules, fp8_kv_cache=fp8_kv_cache)
+    products = {name: module.product for name, module in modules.items() if module.product}
+    if not own.activations and not products and not fp8_kv_cache:
+        return own
+    told = json.dumps([sorted(own.activations.items()), sorted(products.items()), fp8_kv_cache])
+    what = f"as the engine is ({hashlib.sha256(told.encode()).hexdigest()[:8]})"
+
+    def make() -> Stack:
+        caches = {f"model.layers.{layer}.self_attn": "fp8" for layer in fp8_kv_cache}
+        preparer = Preparer(Numbers(subject.path), subject.dtype)
+        declared = dict.fromkeys(own.activations, DECLARED)
+        return EmulatedStack(Emulation(preparer, declared, caches, products), subject.dtype, what)
+
+    return replace(own, label=f"{eager_label()}, {what}", make_stack=make)
 
 
 def _hashes(path: Path, *names: str) -> dict[str, str]:

@@ -14,13 +14,13 @@ class Tolerance:
 
     max_abs: float | None
     """Largest difference of any logit."""
-    mean_kl: float
+    mean_kl: float | None
     """Mean over tokens of KL(reference || engine), in nats."""
-    top1: float
+    top1: float | None
     """Least share of tokens whose most likely next token is the same."""
-    perplexity: float
+    perplexity: float | None
     """Largest relative difference of the perplexities."""
-    tie: float
+    tie: float | None
     """Greedy tokens may part where the reference's best two logits are closer than this."""
     kv: float | None
     """Largest relative error of a token's keys or values of one layer, in the running engine's cache."""
@@ -84,6 +84,11 @@ TOLERANCES = {
 """Figures of mistakes: a miniature of 14.8M random parameters, 100 tokens, transformers with planted mistakes. bf16 is
 not bounded by measurements on an engine yet: none has run on a GPU."""
 
+NOT_JUDGED = Tolerance(
+    None, None, None, None, None, None, "what a recipe costs is for its maker to judge: by a bound, or by a baseline"
+)
+"""Of a quantised engine against the checkpoint that it was quantised from."""
+
 ROUNDINGS = {
     "fp32": Rounding(
         unit=16 * 2.0**-24,
@@ -121,6 +126,42 @@ both rope types, 5 sequences each) in three formats, and the trained miniature. 
 MARGIN = 30.0
 """Roundings, by the root mean square of a token's router logits: experts may change places where the reference's logits
 are closer than this. The widest flip of a sound model had 10 (bf16) and 4 (fp16)."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What counts where an engine rounds the inputs of products to FP8 numbers, and the reference does so, too."""
+
+    noise: float
+    """Two computations of what is rounded differ by so much, relative to its root mean square: numbers that are so near
+    to a step may be turned (``activations.py``)."""
+    slack: float
+    """Bounds on modules alone are wider by so many times what the turned numbers change."""
+    whole: Tolerance
+    """Bounds on a whole engine, in the place of the format's."""
+    reason: str
+
+
+CODES: dict[str, Codes] = {
+    "fp32": Codes(
+        noise=4e-6,
+        slack=3.0,
+        whole=Tolerance(None, 1e-2, 0.9, 1e-2, 2e-1, None, "TODO"),
+        reason="TODO",
+    ),
+    "fp16": Codes(
+        noise=4 * 2.0**-11,
+        slack=3.0,
+        whole=Tolerance(None, 1e-2, 0.9, 1e-2, 2e-1, None, "TODO"),
+        reason="TODO",
+    ),
+    "bf16": Codes(
+        noise=4 * 2.0**-8,
+        slack=3.0,
+        whole=Tolerance(None, 3e-2, 0.85, 2e-2, 5e-1, None, "TODO"),
+        reason="TODO",
+    ),
+}
 
 ORDER = ("fp32", "fp16", "bf16")
 """From the narrowest bounds to the widest: of two models that are compared the coarser one's format counts."""

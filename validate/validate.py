@@ -19,6 +19,7 @@ from shuntyard.errors import EngineError, NotFiniteError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.output import output_directory, refuse_existing
 from shuntyard.validate import greedy, polygraphy_json
+from shuntyard.validate.activations import described
 from shuntyard.validate.bisect import first_diverging
 from shuntyard.validate.bounds import WHOLE, Bounds, Override
 from shuntyard.validate.files import check_files
@@ -31,6 +32,7 @@ from shuntyard.validate.metrics import kl
 from shuntyard.validate.record import Recording, cached_recording
 from shuntyard.validate.report import Check, Report
 from shuntyard.validate.subjects import Subject, open_subject
+from shuntyard.validate.tolerances import CODES, ORDER
 from shuntyard.validate.values import PARTS, Array, Sequence, module_name
 from shuntyard.validate.views import fill_in
 from shuntyard.validate.whole import WholeRun, decode_split, run_whole
@@ -73,7 +75,6 @@ def validate(
     _check_alike(subject, other)
     _check_possible(subject, other, plan)
     _check_overrides(subject.config, plan)
-    bounds = Bounds((subject.dtype, other.dtype), list(plan.overrides))
     context = min(
         (s.manifest.limits.max_context for s in (subject, other) if s.manifest),
         default=subject.config.max_position_embeddings,
@@ -81,8 +82,13 @@ def validate(
     sequences, notes = make_sequences(plan.inputs, subject, other, context)
     report = Report(engine, reference, subject.backend, subject.dtype, sum(len(s.tokens) for s in sequences))
     report.layers, report.notes, report.facts = subject.config.num_hidden_layers, notes, subject.facts
+    formats = subject.dtype, other.dtype
+    is_source = check_files(report, subject, other, allow_other=plan.allow_other_files)
+    if not is_source:
+        noise = CODES[max(formats, key=ORDER.index)].noise
+        subject, other = subject.rounding(other, noise), other.rounding(subject, noise)
+    bounds = Bounds(formats, list(plan.overrides), fp8=bool(subject.activations), alike=not is_source)
     report.notes += _remarks(subject, other, bounds, plan, len(sequences))
-    check_files(report, subject, other, allow_other=plan.allow_other_files)
     say(f"{len(sequences)} sequences, {report.tokens} tokens")
     if plan.polygraphy_save is not None:
         report.notes += _save_for_polygraphy(subject, sequences, plan.polygraphy_save)
@@ -97,6 +103,17 @@ def validate(
 def _remarks(subject: Subject, other: Subject, bounds: Bounds, plan: Plan, sequences: int) -> list[str]:
     """What a reader of the verdict should know of what was compared."""
     said = []
+    if not bounds.alike:
+        said.append(
+            "the reference is the checkpoint that the engine was quantised from: what differs is what the recipe "
+            "costs, and is not judged, but for the bounds that you give; hold the engine to the model directory to "
+            "judge the engine itself"
+        )
+        if subject.activations:
+            where = described(subject.activations)
+            said.append(f"the reference does not round activations to FP8 numbers, as the engine does in {where}")
+    elif other.activations:
+        said.append(f"the reference rounds activations to FP8 numbers, too: in {described(other.activations)}")
     if bounds.format != subject.dtype:
         said.append(f"bounds are those of {bounds.format}, the reference's format")
     if subject.spec == other.spec:
@@ -208,7 +225,7 @@ class _Look:
         self.decoded: dict[int, Array] = {}  # logits of the shipped engine, by row
         everything: Masks = [np.ones(len(s.tokens), bool) for s in self.sequences]
         self.masks = [everything] * (subject.config.num_hidden_layers + 1)
-        if bounds.format == "fp32":
+        if bounds.format == "fp32" and not bounds.fp8 and bounds.alike:
             self.masks = before_ties(recording, subject.config, bounds)
 
     @property
@@ -353,6 +370,6 @@ class _Look:
         same = [kl(self.decoded[run.row], run.logits) for run in runs if run.row in self.decoded]
         if same:
             mean = max(0.0, float(np.concatenate(same).mean()))
-            self.report.at_most("marked: mean KL from the engine as it is", mean, self.bounds.whole.mean_kl)
+            self.report.at_most("marked: mean KL from the engine as it is", mean, self.bounds.itself.mean_kl)
         self.walks.append(walk_whole(runs, self.recording, self.bounds, self.subject.config, self.masks))
         self.walks.append(walk_inverse(runs, self.other.make_stack(), self.bounds))

@@ -51,6 +51,7 @@ class LayerValues:
     feed_forward_input: Array  # [S, H]  behind post_attention_layernorm
     router: Array | None = None  # [S, E] logits; MoE layers only
     shared: Array | None = None  # [S, H] the shared expert alone; MoE layers only
+    slack: Array | None = None  # [S, len(PARTS), 2]; of a reference that rounds activations, see ``activations.py``
 
     def part(self, name: str) -> Array | None:
         """The values of one of ``PARTS``; None where the layer has no such module."""
