@@ -55,8 +55,11 @@ LINEARS = tuple(
 )
 IDS = np.random.default_rng(3).integers(0, RAW["vocab_size"], size=(2, 8))  # one chunk
 
-TOLERANCE = {"fp32": 1e-5, "fp16": 6e-4}
-"""Relative to the largest value of a product: sums of at most 64 terms in another order; one rounding of fp16, 4.9e-4."""
+TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
+"""Relative to the largest value of a product: sums of at most 64 terms in another order; in fp16, two roundings."""
+
+ROUNDED_ONCE = 5e-4
+"""Of sums in fp32 that are rounded to fp16 behind it, by 2**-11 at most."""
 
 ALL = ["model.layers.*.self_attn.*", "*_proj", "lm_head"]
 RECIPES = {
@@ -251,7 +254,9 @@ def off(found: NDArray[Any], expected: Tensor) -> float:
 
 
 def tolerance(own: Ran, module: str) -> float:
-    """Of a product: fp16 sums in fp32 engines are fp16 sums."""
+    """Of a product: fp16 sums in fp32 engines are fp16 sums, those of codes in fp16 engines are fp32 ones."""
+    if own.dtype == "fp16" and own.precision[module].activations != "none":
+        return ROUNDED_ONCE
     return TOLERANCE["fp16" if own.precision[module].weights == "fp16" else own.dtype]
 
 
