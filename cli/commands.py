@@ -41,7 +41,6 @@ from shuntyard.errors import ShuntyardError
 # Rooms are imported inside the commands: `shuntyard --help` need not wait for torch.
 
 _DTYPE = click.Choice(["fp32", "fp16", "bf16"])
-_RECIPE = click.Choice(["stored", "bf16", "fp8-meta", "fp8", "fp8-all-linear", "int4-experts"])
 
 
 class _Group(click.Group):
@@ -280,8 +279,8 @@ class _Tokens(click.ParamType[int]):
 @click.option("--context", type=_Tokens(), help="As 8192, 128k or 1M.  [default: the model's, at most 8192]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a sequence in one call.")
-@click.option("--weights", type=_RECIPE, default="stored", show_default=True, help="What the engine is to hold.")
-@click.option("--kv", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="Of the KV cache.")
+@click.option("--weights", default="stored", show_default=True, help="A shipped recipe, stored, or a .toml file.")
+@click.option("--kv", type=click.Choice(["bf16", "fp8"]), help="Of the KV cache.  [default: the recipe's, else bf16]")
 @click.option("--all-logits", is_flag=True, help="Logits of every token, as validate asks for, not of the last.")
 @click.option("--reserve", type=click.IntRange(0), default=1024, show_default=True, help="MiB to keep free on a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="All sizes in bytes, as JSON on stdout.")
@@ -307,7 +306,8 @@ def _print_plan(answer: Any) -> None:
     for rows, right in ((words.weight_rows(answer), (1, 3, 5)), (words.budget_rows(answer), (2,))):
         table = Table(box=SIMPLE_HEAD, pad_edge=False, width=min(stdout.width, 80))
         for i, column in enumerate(next(rows)):
-            is_number, is_name = i in right, i != 1 and stdout.width >= 80
+            is_number = i in right
+            is_name = column not in ("", "as stored", "in the engine") and stdout.width >= 80
             justify: Any = "right" if is_number else "left"
             table.add_column(column, justify=justify, no_wrap=is_number or is_name, overflow="fold")
         for row in rows:

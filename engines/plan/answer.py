@@ -127,7 +127,7 @@ def _budget_dict(budget: Budget) -> dict[str, Any]:
 
 def plan(path: Path, request: Request) -> Plan:
     """Plans an engine of the checkpoint at ``path``; see :func:`read_model` and :func:`check_request` for errors."""
-    return plan_model(read_model(path), request)
+    return plan_model(read_model(path, request.weights), request)
 
 
 def plan_model(model: Model, request: Request) -> Plan:
@@ -153,7 +153,11 @@ def _notes(model: Model, asked: Asked) -> Iterator[str]:
     if asked.gpus > 1:
         yield f"shuntyard's engines use one GPU today: what stands here for {asked.gpus} is arithmetic"
     if asked.kv == "fp8":
-        yield "engines hold the KV cache in the compute type today: an FP8 cache is arithmetic"
+        yield "an FP8 cache is arithmetic: TensorRT's cache update takes no FP8"
+    resolved = model.resolved(asked.weights)
+    if resolved.recipe.is_a_file:
+        for one in resolved.unused:
+            yield f"{one} matches nothing that an earlier rule left"
     yield "activations as TensorRT-RTX plans them for sm89; other builders' plans were not seen"
     if model.stored.vision:
         yield f"the vision tower, {model.stored.vision / GIB:.2f} GiB of the files, is no part of the text engine"

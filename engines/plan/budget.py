@@ -8,11 +8,13 @@ from pathlib import Path
 
 from shuntyard.engines.plan import footprint
 from shuntyard.engines.plan.activations import Call, LiveSet, largest_live_set
-from shuntyard.engines.plan.footprint import RECIPES, STORED, Cache, Component, StoredBytes
+from shuntyard.engines.plan.footprint import Cache, Component, StoredBytes
 from shuntyard.engines.plan.gpus import GIB, Gpu, find_gpu
 from shuntyard.errors import UnsupportedError
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.config import Llama4Config
+from shuntyard.exporter.recipe import STORED, Resolved, read_recipe, resolve
+from shuntyard.exporter.requantise import check_alike
 from shuntyard.exporter.weights import match_weights
 
 KV_ITEM = {"bf16": 2, "fp8": 1}
@@ -38,8 +40,8 @@ class Request:
     context: int | None = None  # default: the model's, at most DEFAULT_CONTEXT
     batch: int = 1
     tokens: int = 512  # of a sequence in one call; as build's
-    weights: str = STORED
-    kv: str = "bf16"
+    weights: str = STORED  # a recipe's name, or the path of its file
+    kv: str | None = None  # default: the recipe's
     all_logits: bool = False
     reserve: int = RESERVE
 
@@ -66,15 +68,23 @@ class Model:
     path: Path
     config: Llama4Config
     stored: StoredBytes
+    _resolved: dict[str, Resolved] = field(default_factory=dict, compare=False, repr=False)
     _held: dict[str, StoredBytes] = field(default_factory=dict, compare=False, repr=False)
 
+    def resolved(self, weights: str) -> Resolved:
+        """What a recipe, by its name or its file's path, means for the model.
+
+        Raises:
+            UnsupportedError: there is no such recipe, it is none, or it asks for what a module cannot be.
+        """
+        if weights not in self._resolved:
+            self._resolved[weights] = resolve(read_recipe(weights), self.config)
+        return self._resolved[weights]
+
     def held(self, weights: str) -> StoredBytes:
-        """What an engine of a recipe, or of the weights as they are stored, holds in all."""
+        """What an engine of a recipe holds in all; raises as :meth:`resolved` does."""
         if weights not in self._held:
-            if weights == STORED:
-                self._held[weights] = footprint.as_in_engine(self.stored)
-            else:
-                self._held[weights] = footprint.held_bytes(self.config, RECIPES[weights])
+            self._held[weights] = footprint.held_bytes(self.stored, self.resolved(weights))
         return self._held[weights]
 
 
@@ -124,17 +134,40 @@ def parse_tokens(text: str) -> int:
     return int(match[1]) * {"": 1, "k": 2**10, "K": 2**10, "M": 2**20}[match[2]]
 
 
-def read_model(path: Path) -> Model:
-    """Reads a checkpoint's configuration and headers.
+def read_model(path: Path, weights: str = STORED) -> Model:
+    """Reads a checkpoint's configuration and headers, to be held as the recipe ``weights`` says.
 
     Raises:
         CheckpointError: files are missing, broken or contradict each other.
-        UnsupportedError: a configuration or a tensor that shuntyard does not understand.
+        UnsupportedError: a configuration, a tensor or a recipe that shuntyard does not understand.
     """
+    recipe = read_recipe(weights)
     checkpoint = open_checkpoint(path)
-    match_weights(checkpoint)  # refuses what export would
+    matched = match_weights(checkpoint, alike=not recipe.rules)  # refuses what export would
     tensors = ((entry.name, entry.dtype, entry.nbytes) for header in checkpoint.headers for entry in header.tensors)
-    return Model(path, checkpoint.config, footprint.stored_bytes(checkpoint.config, tensors))
+    model = Model(path, checkpoint.config, footprint.stored_bytes(checkpoint.config, tensors))
+    resolved = model.resolved(weights)
+    for module in resolved.modules:
+        if module.kind == "experts" and module.layer is not None:
+            check_alike(module, resolved.precision[module.name], matched.experts[module.layer])
+    return model
+
+
+def cache_type(resolved: Resolved) -> str:
+    """The type of the KV cache under a recipe, as ``--kv`` names it.
+
+    Raises:
+        UnsupportedError: the recipe wants FP8 in some layers only.
+    """
+    kinds = resolved.kv_cache
+    narrow = [name for name, kind in kinds.items() if kind == "fp8"]
+    if narrow and len(narrow) < len(kinds):
+        raise UnsupportedError(
+            f"{resolved.recipe.where}: the KV cache is fp8 in {len(narrow)} of {len(kinds)} layers, as '{narrow[0]}'; "
+            "plan counts caches of one type",
+            hint="--kv fp8 or --kv bf16 counts all of them so",
+        )
+    return "fp8" if narrow else "bf16"
 
 
 def check_request(model: Model, request: Request) -> Asked:
@@ -156,12 +189,10 @@ def check_request(model: Model, request: Request) -> Asked:
             raise UnsupportedError(f"{name} is {value}, must be in 1..{MOST}", hint="it is a number of them")
     if not 0 <= request.reserve <= MOST * GIB:
         raise UnsupportedError("the reserve is negative or huge", hint="it is memory to leave free; 1 GiB is usual")
-    if request.weights != STORED and request.weights not in RECIPES:
-        raise UnsupportedError(
-            f"weights '{request.weights:.40}' are not known", hint=f"one of {', '.join((STORED, *RECIPES))}"
-        )
-    if request.kv not in KV_ITEM:
-        raise UnsupportedError(f"a KV cache in '{request.kv:.40}' is not known", hint=f"one of {', '.join(KV_ITEM)}")
+    resolved = model.resolved(request.weights)
+    kv = cache_type(resolved) if request.kv is None else request.kv
+    if kv not in KV_ITEM:
+        raise UnsupportedError(f"a KV cache in '{kv:.40}' is not known", hint=f"one of {', '.join(KV_ITEM)}")
     obstacle = footprint.uneven(config, request.gpus) if request.gpus >= 1 else "anything"
     if obstacle is not None:
         possible = ", ".join(map(str, footprint.possible_gpus(config)))
@@ -175,7 +206,7 @@ def check_request(model: Model, request: Request) -> Asked:
         batch=request.batch,
         tokens=request.tokens,
         weights=request.weights,
-        kv=request.kv,
+        kv=kv,
         all_logits=request.all_logits,
         reserve=request.reserve,
     )

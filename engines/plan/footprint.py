@@ -7,13 +7,18 @@ plan's layer dump: ``tests/engines/test_plan.py``. ``docs/plan.md`` redoes the a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config
+from shuntyard.exporter.modules import EXPERTS, modules
+from shuntyard.exporter.parameters import all_weights
+from shuntyard.exporter.recipe import STORED, Resolved
+from shuntyard.exporter.recipe import nbytes as bytes_of
 
 Component = Literal[
     "embeddings", "attention q, o", "attention k, v", "routed experts", "shared experts", "dense FFN", "routers",
@@ -30,62 +35,23 @@ ITEM_BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "INT4": 4}
 SCALES = "scales"
 """Stands for a type in :class:`StoredBytes`: whatever belongs to quantised weights beside them."""
 
+_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "fp8": "F8_E4M3", "int4": "INT4"}
+"""Recipes' names of types, and safetensors'."""
+
 COMPUTE = 2
 """Bytes of a value of the compute type: GPU engines compute in bf16 or fp16."""
-
-_LINEARS: tuple[Component, ...] = ("attention q, o", "attention k, v", "routed experts", "shared experts", "dense FFN")
-
-
-@dataclass(frozen=True)
-class Part:
-    """``copies`` matrices ``[out, into]`` of one component, a vector with ``into`` 0; ``layer`` None: of no layer."""
-
-    component: Component
-    layer: int | None
-    out: int
-    into: int
-    copies: int = 1
-
-    @property
-    def values(self) -> int:
-        """How many values they hold."""
-        return self.copies * self.out * max(self.into, 1)
-
-
-def parts(config: Llama4Config) -> Iterator[Part]:
-    """Every parameter of the model."""
-    hidden, expert, dense = config.hidden_size, config.intermediate_size, config.intermediate_size_mlp
-    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    yield Part("embeddings", None, config.vocab_size, hidden)
-    if not config.tie_word_embeddings:
-        yield Part("lm_head", None, config.vocab_size, hidden)
-    yield Part("norms", None, hidden, 0)
-    for i in range(config.num_hidden_layers):
-        yield Part("norms", i, hidden, 0, copies=2)
-        yield Part("attention q, o", i, queries, hidden)
-        yield Part("attention q, o", i, hidden, queries)
-        yield Part("attention k, v", i, keys, hidden, copies=2)
-        if config.attention_bias:
-            yield Part("attention q, o", i, queries, 0)
-            yield Part("attention q, o", i, hidden, 0)
-            yield Part("attention k, v", i, keys, 0, copies=2)
-        if config.is_moe(i):
-            yield Part("routers", i, config.num_local_experts, hidden)
-            yield Part("routed experts", i, 2 * expert, hidden, copies=config.num_local_experts)
-            yield Part("routed experts", i, hidden, expert, copies=config.num_local_experts)
-            yield Part("shared experts", i, expert, hidden, copies=2)
-            yield Part("shared experts", i, hidden, expert)
-        else:
-            yield Part("dense FFN", i, dense, hidden, copies=2)
-            yield Part("dense FFN", i, hidden, dense)
 
 
 def parameters(config: Llama4Config) -> dict[Component, int]:
     """Values of each component, in the order of ``COMPONENTS``, those that the model has."""
     counts: dict[Component, int] = defaultdict(int)
-    for part in parts(config):
-        counts[part.component] += part.values
+    for name, shape in all_weights(config).items():
+        counts[_component(name)] += math.prod(shape)
     return {component: counts[component] for component in COMPONENTS if counts[component]}
+
+
+Piece = tuple[str, Component, str]
+"""A module by its name in ``exporter/modules.py``, empty for norms and biases; its component; its type."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +59,7 @@ class StoredBytes:
     """Bytes by component and type, as files or engines hold them. ``vision`` and ``waived`` are not in ``total``."""
 
     weights: Mapping[tuple[Component, str], int]
+    pieces: Mapping[Piece, int]  # what ``weights`` adds up
     vision: int = 0
     waived: int = 0
 
@@ -104,6 +71,13 @@ class StoredBytes:
     def of(self, component: Component) -> dict[str, int]:
         """One component's bytes by type."""
         return {dtype: count for (own, dtype), count in self.weights.items() if own == component}
+
+
+def _added_up(pieces: Mapping[Piece, int], vision: int = 0, waived: int = 0) -> StoredBytes:
+    weights: dict[tuple[Component, str], int] = defaultdict(int)
+    for (_, component, dtype), nbytes in pieces.items():
+        weights[component, dtype] += nbytes
+    return StoredBytes(dict(weights), dict(pieces), vision, waived)
 
 
 _BY_NAME: tuple[tuple[str, Component], ...] = (
@@ -135,7 +109,8 @@ def stored_bytes(config: Llama4Config, tensors: Iterable[tuple[str, str, int]]) 
         UnsupportedError: a tensor whose component is not known.
         CheckpointError: a component does not hold as many values as the configuration asks for.
     """
-    weights: dict[tuple[Component, str], int] = defaultdict(int)
+    own_modules = {module.name for module in modules(config)}
+    pieces: dict[Piece, int] = defaultdict(int)
     values: dict[Component, int] = defaultdict(int)
     vision = waived = 0
     for full_name, dtype, nbytes in tensors:
@@ -145,14 +120,15 @@ def stored_bytes(config: Llama4Config, tensors: Iterable[tuple[str, str, int]]) 
         elif name.endswith(_WAIVED):
             waived += nbytes
         else:
-            component = _component(name)
+            component, module = _component(name), _module(name)
+            module = module if module in own_modules else ""
             if name.endswith(_BESIDE_WEIGHTS):
-                weights[component, SCALES] += nbytes
+                pieces[module, component, SCALES] += nbytes
                 continue
             own = _DTYPES.get(dtype, dtype)
             if own not in ITEM_BITS:
                 raise UnsupportedError(f"tensor '{name}' is {dtype}", hint=f"one of {', '.join(ITEM_BITS)}")
-            weights[component, own] += nbytes
+            pieces[module, component, own] += nbytes
             values[component] += nbytes * 8 // ITEM_BITS[own]
     for component, wanted in parameters(config).items():
         if values[component] != wanted:
@@ -160,7 +136,15 @@ def stored_bytes(config: Llama4Config, tensors: Iterable[tuple[str, str, int]]) 
                 f"the tensors of {component} hold {values[component]:,} values, config.json asks for {wanted:,}",
                 hint="config.json and the shards must be of the same checkpoint",
             )
-    return StoredBytes(dict(weights), vision, waived)
+    return _added_up(pieces, vision, waived)
+
+
+def _module(name: str) -> str:
+    """The module that a tensor is of."""
+    if name.endswith(".bias"):
+        return ""
+    before, experts, _ = name.partition(f"{EXPERTS}.")
+    return before + EXPERTS if experts else name.rpartition(".")[0]
 
 
 def _component(name: str) -> Component:
@@ -176,81 +160,38 @@ def _component(name: str) -> Component:
     )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What an engine's weights are to be. Types by safetensors' names; all that is not named stays BF16."""
+def held_bytes(stored: StoredBytes, resolved: Resolved) -> StoredBytes:
+    """What an engine holds of a checkpoint's weights under a recipe.
 
-    name: str
-    title: str
-    experts: str = "BF16"
-    linears: str = "BF16"
-    spare_ends: bool = False  # the first and the last layer's routed experts stay BF16, as in Meta's own code
-
-    def type_of(self, part: Part, layers: int) -> str:
-        """The type of a part in a model of so many layers."""
-        if part.into == 0 or part.component not in _LINEARS:
-            return "F32" if part.component == "routers" else "BF16"  # the graph computes routers in fp32
-        if part.component != "routed experts":
-            return self.linears
-        return "BF16" if self.spare_ends and part.layer in (0, layers - 1) else self.experts
-
-
-GROUP = 128
-"""Values that share a scale in INT4."""
-
-STORED = "stored"
-"""The recipe that changes nothing: weights as the checkpoint holds them."""
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("bf16", "everything in BF16"),
-        Recipe("fp8-meta", "as fp8, but the first and the last layer's experts in BF16", "F8_E4M3", spare_ends=True),
-        Recipe("fp8", "routed experts in FP8, an fp32 scale for each output channel", "F8_E4M3"),
-        Recipe("fp8-all-linear", "fp8, and attention, shared experts and dense FFN too", "F8_E4M3", "F8_E4M3"),
-        Recipe("int4-experts", f"routed experts in INT4, a bf16 scale for each {GROUP} values", "INT4"),
-    )
-}
-"""From the least to the most that is lost."""
-
-
-def held_bytes(config: Llama4Config, recipe: Recipe) -> StoredBytes:
-    """What an engine of a recipe holds.
-
-    Raises:
-        UnsupportedError: the model's matrices cannot be cut into INT4's groups.
+    A module that no rule matches is held as it is stored, and so are norms and biases. Of what is plain there, experts
+    go to their plugin as they are, and embeddings are looked up as they are; other fp32 weights are rounded to the
+    compute type when the engine is built. What a rule makes fp32 or fp16 computes in that type, and stays it. Routers
+    are widened to fp32, whatever the rules say.
     """
-    weights: dict[tuple[Component, str], int] = defaultdict(int)
-    for part in parts(config):
-        dtype = recipe.type_of(part, config.num_hidden_layers)
-        weights[part.component, dtype] += part.values * ITEM_BITS[dtype] // 8
-        if dtype == "F8_E4M3":
-            weights[part.component, SCALES] += 4 * part.copies * part.out
-        elif dtype == "INT4":
-            if part.into % GROUP:
-                raise UnsupportedError(
-                    f"weights '{recipe.name}': {part.into} inputs of {part.component} are no multiple of {GROUP}",
-                    hint="this model can be held in bf16 or fp8",
-                )
-            weights[part.component, SCALES] += 2 * part.copies * part.out * part.into // GROUP
-    return StoredBytes(dict(weights))
+    pieces: dict[Piece, int] = defaultdict(int)
+    for module in resolved.modules:
+        own = resolved.precision[module.name]
+        if own.weights != STORED:
+            component = _component(f"{module.name}.")
+            weights, scales = bytes_of(module, own)
+            pieces[module.name, component, _TYPES[own.weights]] += weights
+            if scales:
+                pieces[module.name, component, SCALES] += scales
+    for (name, component, dtype), count in stored.pieces.items():
+        if not name or resolved.precision[name].weights == STORED:
+            held = _in_engine(component, dtype)
+            size = count if held == dtype else count * ITEM_BITS[held] // ITEM_BITS[dtype]
+            pieces[name, component, held] += size
+    return _added_up(pieces, stored.vision, stored.waived)
 
 
-def as_in_engine(stored: StoredBytes) -> StoredBytes:
-    """What an engine holds of plain weights as they are stored.
-
-    Experts go to their plugin as they are, embeddings are looked up as they are, and what is quantised stays so. Other
-    fp32 weights are rounded to the compute type when the engine is built; routers are widened to fp32.
-    """
-    weights: dict[tuple[Component, str], int] = defaultdict(int)
-    for (component, dtype), nbytes in stored.weights.items():
-        own = dtype
-        if component == "routers" and dtype in ("BF16", "F16"):
-            own = "F32"
-        elif dtype == "F32" and component not in ("routers", "routed experts", "embeddings"):
-            own = "BF16"
-        weights[component, own] += nbytes if own == dtype else nbytes * ITEM_BITS[own] // ITEM_BITS[dtype]
-    return StoredBytes(dict(weights), stored.vision, stored.waived)
+def _in_engine(component: Component, dtype: str) -> str:
+    """The type in which an engine holds what is stored."""
+    if component == "routers" and dtype in ("BF16", "F16"):
+        return "F32"
+    if dtype == "F32" and component not in ("routers", "routed experts", "embeddings"):
+        return "BF16"
+    return dtype
 
 
 # Several GPUs: attention and dense matrices are cut by heads and columns, routed experts by whole experts, the

@@ -8,9 +8,9 @@ from typing import Any
 
 from shuntyard.engines.plan import footprint
 from shuntyard.engines.plan.budget import Asked, Budget, Model, budget_of, lacks_fp8
-from shuntyard.engines.plan.footprint import RECIPES
 from shuntyard.engines.plan.gpus import GPUS
 from shuntyard.errors import UnsupportedError
+from shuntyard.exporter.recipe import SHIPPED
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,28 @@ def _more_gpus(model: Model, asked: Asked) -> Iterator[Change]:
 
 def _narrower_cache(model: Model, asked: Asked) -> Iterator[Change]:
     if asked.kv != "fp8":
-        yield from _change(model, asked, "--kv fp8", "engines cache in the compute type today", kv="fp8")
+        yield from _change(model, asked, "--kv fp8", "TensorRT's cache update takes no FP8", kv="fp8")
 
 
 def _narrower_weights(model: Model, asked: Asked) -> Iterator[Change]:
+    # With another recipe goes the cache that the first one asked for.
+    is_of_recipe = asked.kv == "fp8" and "fp8" in model.resolved(asked.weights).kv_cache.values()
     for recipe in _narrower(model, asked):
-        changes = list(_change(model, asked, f"--weights {recipe}", RECIPES[recipe].title, weights=recipe))
+        what = f"--weights {recipe}{' --kv fp8' if is_of_recipe else ''}"
+        changes = list(_change(model, asked, what, _loss(model, recipe), weights=recipe))
         if changes:
             yield changes[0]
             return
 
 
+def _loss(model: Model, recipe: str) -> str:
+    return model.resolved(recipe).recipe.description
+
+
 def _narrower(model: Model, asked: Asked) -> Iterator[str]:
-    """Recipes that take less than what is asked for, the least loss first."""
+    """Shipped recipes that take less than what is asked for, the least loss first."""
     now = model.held(asked.weights).total
-    for name in RECIPES:
+    for name in SHIPPED:
         try:
             smaller = model.held(name).total < now
         except UnsupportedError:
@@ -136,7 +143,7 @@ def _two_changes(model: Model, asked: Asked) -> Iterator[Change]:
     if asked.kv != "fp8":
         for recipe in _narrower(model, asked):
             what = f"--kv fp8 --weights {recipe}"
-            changes = list(_change(model, asked, what, RECIPES[recipe].title, weights=recipe, kv="fp8"))
+            changes = list(_change(model, asked, what, _loss(model, recipe), weights=recipe, kv="fp8"))
             if changes:
                 yield changes[0]
                 return

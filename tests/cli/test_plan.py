@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shuntyard import cli
-from shuntyard.cli import commands, console
-from shuntyard.engines.plan.footprint import RECIPES, STORED
+from shuntyard.cli import console
 from shuntyard.engines.plan.gpus import GIB
 from tests.sizes import MODELS, raw_config
 from tests.sparse import write_sparse
@@ -61,13 +60,27 @@ def test_there_are_transcripts() -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_no_line_is_wider_than_the_terminal(width: int, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_line_is_wider_than_the_terminal(
+    width: int, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(console.stdout, "_width", width)
-    for extra in (("--gpu", "h200", "--weights", "fp8"), ("--context", "10M", "--batch", "1000")):
+    own = tmp_path / "own.toml"
+    types = ("int4", "fp8", "fp32", "fp16")  # of four layers' experts; all other layers' are bf16
+    own.write_text(
+        "".join(f"[[rule]]\nmodules = '*.{i}.*experts'\nweights = '{kind}'\n" for i, kind in enumerate(types))
+    )
+    for extra in (
+        ("--gpu", "h200", "--weights", "fp8"),
+        ("--context", "10M", "--batch", "1000"),
+        ("--weights", str(own)),
+    ):
         result = plan(checkpoints / "Llama-4-Scout-17B-16E", *extra)
         assert result.exit_code in (0, 1)
         assert max(len(line) for line in result.stdout.splitlines()) <= width
         assert "…" not in result.stdout
+        if width >= 80:  # whole words: only a column of types may take a second line
+            assert all(word in result.stdout for word in ("attention q, o ", "96.64 G ", "503.32 M ", " 180.00 "))
+            assert "INT4" in result.stdout or extra[0] != "--weights"
 
 
 def test_exit_status_and_json(checkpoints: Path) -> None:
@@ -93,7 +106,8 @@ def test_exit_status_and_json(checkpoints: Path) -> None:
         (("--gpu", "h99"), 3, "gpu 'h99' is not known"),
         (("--gpus", "3"), 3, "this model can be cut for 1, 2, 4, 8"),
         (("--context", "lots"), 2, "'lots' is no number of tokens such as 8192, 128k or 1M"),
-        (("--weights", "int2"), 2, "'int2' is not one of"),
+        (("--weights", "int2"), 3, "int2: no such recipe"),
+        (("--weights", "fp8-meta"), 3, "one of stored, bf16, fp8, fp8-ffn, fp8-all-linear, int4-experts"),
         (("--reserve", "9" * 30), 3, "the reserve is negative or huge"),
     ],
 )
@@ -104,5 +118,19 @@ def test_refusals(arguments: tuple[str, ...], status: int, words: str, checkpoin
     assert result.stdout == ""
 
 
-def test_the_choices_are_the_recipes() -> None:
-    assert list(commands._RECIPE.choices) == [STORED, *RECIPES]
+def test_recipe_files(tmp_path: Path, checkpoints: Path) -> None:
+    own = tmp_path / "own.toml"
+    rules = ('modules = "*.experts"\nweights = "int4"\n', 'modules = "*.self_attn"\nkv_cache = "fp8"\n')
+    own.write_text("".join(f"[[rule]]\n{rule}" for rule in rules))
+    scout = checkpoints / "Llama-4-Scout-17B-16E"
+    found, shipped = (
+        json.loads(plan(scout, "--json", *arguments).stdout)
+        for arguments in (("--weights", own), ("--weights", "int4-experts", "--kv", "fp8"))
+    )
+    assert found["held"] == shipped["held"]
+    assert found["per_gpu"] == shipped["per_gpu"]
+    assert found["asked"] == {**shipped["asked"], "weights": str(own)}
+    own.write_text("[[rule]]\nmodules = 'lm_head'\nweights = 'int2'\n")
+    result = plan(scout, "--weights", own)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "own.toml: rule 1: key 'weights'" in result.stderr.replace("\n", " ")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from shuntyard.engines.plan import Request
 from shuntyard.engines.plan.answer import plan_model
 from shuntyard.engines.plan.budget import MOST, Asked, Model, budget_of, check_request
-from shuntyard.engines.plan.footprint import RECIPES, possible_gpus
+from shuntyard.engines.plan.footprint import possible_gpus
 from shuntyard.engines.plan.gpus import GIB, GPUS, find_gpu
 from shuntyard.errors import UnsupportedError
+from shuntyard.exporter.recipe import SHIPPED
 from tests.engines.test_plan import MAVERICK_MODEL, SCOUT_MODEL
 
 
@@ -72,7 +73,7 @@ requests: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "context": st.integers(1, 2**20),
         "batch": st.integers(1, 300),
         "tokens": st.integers(1, 9000),
-        "weights": st.sampled_from(["stored", *RECIPES]),
+        "weights": st.sampled_from(["stored", *SHIPPED]),
         "kv": st.sampled_from(["bf16", "fp8"]),
         "gpu": st.sampled_from(list(GPUS)),
         "gpus": st.sampled_from([1, 2, 4, 8]),
@@ -130,7 +131,7 @@ ORDER: dict[str, list[Any]] = {
     "gpus": [1, 2, 4, 8],
     "gpu": list(GPUS),
     "kv": ["bf16", "fp8"],
-    "weights": ["stored", *RECIPES],
+    "weights": ["stored", *SHIPPED],
 }
 
 
@@ -182,7 +183,7 @@ def test_one_step_is_never_left_out() -> None:
     far = plan_model(SCOUT_MODEL, Request(weights="bf16", context=10_485_760))
     assert [change.what.split()[::2] for change in far.nearest] == [["--gpu", "--gpus"]]
     both = plan_model(SCOUT_MODEL, Request(gpu="b300", weights="bf16", context=10_485_760 // 4))
-    assert any(change.what == "--kv fp8 --weights fp8-meta" for change in both.nearest) or not both.fits
+    assert any(change.what == "--kv fp8 --weights fp8" for change in both.nearest) or not both.fits
 
 
 def _options(**changes: Any) -> list[str]:
@@ -190,10 +191,10 @@ def _options(**changes: Any) -> list[str]:
 
 
 def test_recipes_are_tried_in_order() -> None:
-    """117.3 GiB are needed as fp8-meta, 113.5 as fp8, 105.1 as fp8-all-linear, 69.9 as int4-experts."""
-    for gpu, recipe in (("118", "fp8-meta"), ("117", "fp8"), ("113", "fp8-all-linear"), ("105", "int4-experts")):
+    """117.3 GiB are needed as fp8, 112.0 as fp8-ffn, 105.1 as fp8-all-linear, 69.9 as int4-experts."""
+    for gpu, recipe in (("118", "fp8"), ("117", "fp8-ffn"), ("111", "fp8-all-linear"), ("105", "int4-experts")):
         assert f"--weights {recipe}" in _options(gpu=f"{gpu}GiB")
-    assert "--weights fp8" in _options(gpu="117GiB", weights="fp8-meta")
+    assert "--weights fp8-ffn" in _options(gpu="117GiB", weights="fp8")
 
 
 def test_nothing_in_fp8_is_offered_for_an_a100() -> None:
