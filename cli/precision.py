@@ -114,11 +114,12 @@ def _measure(ckpt: Path, recipes: tuple[str, ...], asked: dict[str, Any], as_jso
 
 
 def _search(ckpt: Path, asked: dict[str, Any], as_json: bool) -> None:
-    from shuntyard.validate.emulate import Numbers
+    from shuntyard.validate.matrices import Numbers
     from shuntyard.validate.outputs import check_place
     from shuntyard.validate.precision_plot import render_search
-    from shuntyard.validate.search import parse_bound, search
+    from shuntyard.validate.search import search
     from shuntyard.validate.search_recipe import Source, found_recipe, write_new
+    from shuntyard.validate.within import parse_bound
 
     bound, out = parse_bound(asked["within"]), asked["out"]
     page = out.with_suffix(".html")

@@ -21,11 +21,11 @@ from itertools import pairwise
 from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.modules import Module
 from shuntyard.exporter.recipe import SHIPPED, Precision, read_recipe, resolve
-from shuntyard.validate.emulate import Emulation, Numbers, Preparer
+from shuntyard.validate.emulate import Emulation, Preparer
+from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.values import Tokens
 from shuntyard.validate.walk import Outcome, Walker
 from shuntyard.validate.within import Bound
-from shuntyard.validate.within import parse_bound as parse_bound  # for who searches
 from shuntyard.validate.worth import BASELINE, GROUP_SIZES, check_finite_outcome, check_windows, stored_or_new
 
 Choice = tuple[tuple[str, Precision], ...]

@@ -32,8 +32,9 @@ from shuntyard.exporter.values import check_finite
 from shuntyard.exporter.weights import match_weights
 from shuntyard.validate.activations import Activations, described
 from shuntyard.validate.eager import TORCH_TYPES, EagerStack, eager_label
-from shuntyard.validate.emulate import DECLARED, EmulatedStack, Emulation, Numbers, Preparer
+from shuntyard.validate.emulate import DECLARED, EmulatedStack, Emulation, Preparer
 from shuntyard.validate.graph import GraphStack, graph_label
+from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.record import RecordingKey
 from shuntyard.validate.reference import LayeredReference, reference_label
 from shuntyard.validate.stack import Stack

@@ -20,7 +20,8 @@ from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import Module, modules
 from shuntyard.exporter.recipe import STORED, Precision, Recipe, Resolved, nbytes, parse_recipe, read_recipe, resolve
 from shuntyard.validate import statistics
-from shuntyard.validate.emulate import Numbers, Preparer, emulation_of
+from shuntyard.validate.emulate import Preparer, emulation_of
+from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.values import Tokens
 from shuntyard.validate.walk import Outcome, Walker
 

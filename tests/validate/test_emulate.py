@@ -19,8 +19,9 @@ from shuntyard.exporter.rewrite_request import Quantize
 from shuntyard.validate import emulate
 from shuntyard.validate.dequantise import dequantised_state
 from shuntyard.validate.eager import EagerStack
-from shuntyard.validate.emulate import DECLARED, EmulatedStack, Emulation, Matrix, Numbers, Preparer, quantised
+from shuntyard.validate.emulate import DECLARED, EmulatedStack, Emulation, Preparer
 from shuntyard.validate.graph import GraphStack
+from shuntyard.validate.matrices import Matrix, Numbers, quantised
 from shuntyard.validate.stack import Stack
 from shuntyard.validate.values import Array, Tokens
 from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint

@@ -17,8 +17,8 @@ from shuntyard.errors import EngineError, OutputError, UnsupportedError
 from shuntyard.exporter.recipe import Precision, nbytes, read_recipe, resolve
 from shuntyard.validate import search_recipe
 from shuntyard.validate.demo import miniature
-from shuntyard.validate.emulate import Numbers
 from shuntyard.validate.inputs import windows_of
+from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.precision_plot import LEVELS, level, render_search, sensitivity_maps
 from shuntyard.validate.search import Found, candidates, check_found, lower_hull, search
 from shuntyard.validate.search_recipe import Source, found_recipe, recipe_text, write_new

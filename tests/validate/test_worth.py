@@ -21,8 +21,9 @@ from shuntyard.exporter.modules import modules
 from shuntyard.exporter.recipe import SHIPPED, Precision, Resolved, parse_recipe, read_recipe, resolve
 from shuntyard.validate import metrics, walk
 from shuntyard.validate.demo import miniature
-from shuntyard.validate.emulate import EmulatedStack, Emulation, Numbers, Preparer
+from shuntyard.validate.emulate import EmulatedStack, Emulation, Preparer
 from shuntyard.validate.inputs import windows_of
+from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.stack import Stack
 from shuntyard.validate.values import Array, Tokens
 from shuntyard.validate.walk import Walker
