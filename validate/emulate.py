@@ -22,7 +22,7 @@ from shuntyard.exporter.parameters import kind_of, layer_weights
 from shuntyard.exporter.precision import products_of
 from shuntyard.exporter.recipe import STORED, Precision, Resolved
 from shuntyard.exporter.weights import EXPERT_PARTS
-from shuntyard.validate.eager import EagerStack, eager_label
+from shuntyard.validate.eager import TORCH_TYPES, EagerStack, eager_label
 from shuntyard.validate.matrices import Matrix, Numbers, quantised
 
 DECLARED = Precision(STORED, activations="declared")
