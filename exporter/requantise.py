@@ -11,6 +11,7 @@ first, and so rounded twice: that is said.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections import defaultdict
@@ -159,8 +160,14 @@ class _Writer:
     def _stored_scale(self, names: list[str]) -> float | None:
         for name in names:
             if (entry := self.checkpoint.tensors.get(name)) is not None:
+                if math.prod(entry.shape) != 1:
+                    raise UnsupportedError(
+                        f"{entry.file}: tensor '{entry.name}' is {list(entry.shape)}; a scale for activations or a KV "
+                        "cache is one number",
+                        hint="name other modules in the recipe, or give the checkpoint without these scales",
+                    )
                 value = float(read_values(entry).reshape(-1)[0])
-                if not 0 < value < float("inf") or entry.shape not in ((), (1,), (1, 1)):
+                if not 0 < value < float("inf"):
                     raise CheckpointError(
                         f"{entry.file}: tensor '{entry.name}' holds {value}: a scale is a positive number",
                         hint="the checkpoint is damaged, or was not calibrated",

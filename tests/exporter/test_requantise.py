@@ -565,6 +565,15 @@ class TestRefused:
             run(source, tmp_path / "out", recipe(self.STATIC))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
+    def test_caches_by_head(self, tmp_path: Path) -> None:
+        made = with_scales(stored_as(TENSOR, "fused"))
+        assert made.beside is not None
+        made.beside["quantization"]["kv_cache_quant_algo"] = "FP8"
+        made.tensors |= {f"model.layers.1.self_attn.{part}_proj.{part}_scale": torch.ones(2) for part in "kv"}
+        source = made.write(tmp_path / "source")
+        with pytest.raises(UnsupportedError, match=r"1.self_attn.k_proj.k_scale' is \[2\]; a scale .* is one number"):
+            run(source, tmp_path / "out", recipe(rule("model.layers.1.self_attn", kv_cache="fp8")))
+
     def test_some_of_them_have_a_scale(self, tmp_path: Path) -> None:
         """A file that has scales for some modules does not do for others."""
         made = with_scales(stored_as(TENSOR, "fused", plain="v_proj"))
