@@ -34,6 +34,7 @@ from shuntyard.exporter.checkpoint import TEXT_PREFIX
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.parameters import kind_of, layer_weights
 from shuntyard.exporter.safetensors_header import TensorEntry
+from shuntyard.exporter.split import cut_large
 from shuntyard.exporter.storage import (
     CACHE_SCALES,
     EXPERTS_NODE,
@@ -44,7 +45,7 @@ from shuntyard.exporter.storage import (
     scale_name,
     storage_of,
 )
-from shuntyard.exporter.weights import Experts, Stored, Weights, cut_large
+from shuntyard.exporter.weights import Experts, Stored, Weights
 from shuntyard.plugins.contract import DOMAIN, DOMAIN_VERSION
 from shuntyard.plugins.functions import OPSET
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from shuntyard.errors import CheckpointError, UnsupportedError
@@ -30,9 +30,6 @@ from shuntyard.exporter.safetensors_header import TensorEntry, read_values
 from shuntyard.plugins.contract import ExpertsForm
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-
-LARGEST_TENSOR = 2**31 - 1
-"""Elements of a tensor that every runtime takes: TensorRT counts a tensor's elements in 32 bits."""
 
 SAME_CHECKPOINT = "config.json and the shards must be of the same checkpoint"
 DAMAGED = "the checkpoint was quantised by a tool that shuntyard does not know, or is damaged"
@@ -397,34 +394,6 @@ class _Matcher:
 
 def _kind(part: Stored) -> tuple[str, str, int, str | None]:
     return part.form, part.entry.dtype, part.group_size, part.scale.dtype if part.scale else None
-
-
-def cut_large(weights: Weights) -> Weights:
-    """The same weights, fused experts of more than ``LARGEST_TENSOR`` elements in layout ``split``."""
-    experts = {
-        layer: _split(own)
-        if own.form.layout == "fused" and max(part.elements for part in own.parts) > LARGEST_TENSOR
-        else own
-        for layer, own in weights.experts.items()
-    }
-    return replace(weights, experts=experts)
-
-
-def _split(experts: Experts) -> Experts:
-    """Fused experts cut between experts: slices of the same bytes."""
-    form, slices = experts.form, []
-    for part in experts.parts:
-        size = part.entry.nbytes // form.experts
-        for e in range(form.experts):
-            entry = replace(
-                part.entry,
-                name=f"{part.entry.name}.{e}",
-                shape=part.entry.shape[1:],
-                offset=part.entry.offset + e * size,
-                nbytes=size,
-            )
-            slices.append(replace(part, entry=entry))
-    return Experts(form._replace(layout="split"), tuple(slices))
 
 
 def _other_readings(stored: Stored) -> list[Scheme]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shuntyard.engines.build import Request, build
 from shuntyard.errors import CheckpointError
-from shuntyard.exporter import weights as weights_module
+from shuntyard.exporter import split as split_module
 from shuntyard.exporter.export import export
 from tests.checkpoints import parsed, random_weights, raw_config
 from tests.exporter.exported import RAW, by_hand, logits, reference
@@ -86,7 +86,7 @@ def test_mixtures(drawn: tuple[Handmade, int]) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         if seed % 2:
             largest = max(value.numel() for name, value in made.values.items() if ".experts." in name)
-            patch.setattr(weights_module, "LARGEST_TENSOR", largest - 1)
+            patch.setattr(split_module, "LARGEST_TENSOR", largest - 1)
         checkpoint = made.write(Path(folder) / "checkpoint")
         export(checkpoint, Path(folder) / "model", check_values=True)
         got = logits(Path(folder) / "model" / "model.onnx", raw, ids)

@@ -78,7 +78,7 @@ def test_split_experts_are_rewritten_alike(tmp_path: Path, monkeypatch: pytest.M
     checkpoint = checkpoint_of(tmp_path, PLAIN, "fused")
     states = []
     for largest in (2**31, 100):
-        monkeypatch.setattr("shuntyard.exporter.weights.LARGEST_TENSOR", largest)
+        monkeypatch.setattr("shuntyard.exporter.split.LARGEST_TENSOR", largest)
         for experts in ("fused", "linear"):
             export(checkpoint, tmp_path / f"{largest}-{experts}", relayout=Relayout("fp16", experts))
             states.append(dequantised_state(tmp_path / f"{largest}-{experts}"))

@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file
 
-from shuntyard.exporter import weights as weights_module
+from shuntyard.exporter import split as split_module
 from shuntyard.exporter.export import ExportResult, export
 from shuntyard.exporter.graph import retarget
 from shuntyard.exporter.safetensors_header import ITEM_BITS, read_values
+from shuntyard.exporter.split import cut_large
 from shuntyard.exporter.values import check_finite
-from shuntyard.exporter.weights import cut_large
 from tests import formats
 from tests.exporter.exported import GATE_UP, ONNX_TYPES, RAW, WEIGHTS, by_hand, entries, logits, places, reference
 from tests.exporter.handmade import CHANNEL, PLAIN, TENSOR, Way, data, declare_modelopt
@@ -30,9 +30,9 @@ def test_split_is_the_same_bytes(form: str, tmp_path: Path, monkeypatch: pytest.
     made = FORMS[form]()
     whole = match(made, tmp_path)
     largest = max(value.numel() for name, value in made.values.items() if ".experts." in name)
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", largest)
+    monkeypatch.setattr(split_module, "LARGEST_TENSOR", largest)
     assert cut_large(whole) == whole
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", largest - 1)
+    monkeypatch.setattr(split_module, "LARGEST_TENSOR", largest - 1)
     split = cut_large(whole)
     experts, count = split.experts[1], SMALL["num_local_experts"]
     assert experts.form.layout == "split" and len(experts.parts) == 2 * count
@@ -48,12 +48,12 @@ def test_split_is_the_same_bytes(form: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_linear_experts_are_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", 1)
+    monkeypatch.setattr(split_module, "LARGEST_TENSOR", 1)
     assert cut_large(match(sound(CHANNEL), tmp_path)).experts[1].form.layout == "linear"
 
 
 def test_the_largest_tensor_is_the_largest_that_tensorrt_counts() -> None:
-    assert weights_module.LARGEST_TENSOR == 2**31 - 1
+    assert split_module.LARGEST_TENSOR == 2**31 - 1
 
 
 @pytest.mark.parametrize("way", [PLAIN, TENSOR], ids=["bf16", "FP8"])
@@ -62,7 +62,7 @@ def test_split_experts_compute_the_same(way: Way, tmp_path: Path, monkeypatch: p
     made = made if way == PLAIN else declare_modelopt(made)
     checkpoint = made.write(tmp_path / "checkpoint")
     export(checkpoint, tmp_path / "whole")
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", made.values[GATE_UP].numel() - 1)
+    monkeypatch.setattr(split_module, "LARGEST_TENSOR", made.values[GATE_UP].numel() - 1)
     result = export(checkpoint, tmp_path / "split", check_values=True)
     check_split(checkpoint, tmp_path / "split", result)
     whole, split = (logits(tmp_path / name / "model.onnx") for name in ("whole", "split"))
@@ -77,7 +77,7 @@ def test_split_experts_compute_the_same(way: Way, tmp_path: Path, monkeypatch: p
 def test_split_experts_of_modelopts_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("modelopt.torch.quantization")
     checkpoint = formats.write_modelopt_fp8(tmp_path / "checkpoint", RAW, WEIGHTS, kv=True, nested=True)
-    monkeypatch.setattr(weights_module, "LARGEST_TENSOR", WEIGHTS[GATE_UP].numel() - 1)
+    monkeypatch.setattr(split_module, "LARGEST_TENSOR", WEIGHTS[GATE_UP].numel() - 1)
     result = export(checkpoint, tmp_path / "split", check_values=True, text_only=True)
     check_split(checkpoint, tmp_path / "split", result)
     expected = reference(formats.dequantised_state(checkpoint))

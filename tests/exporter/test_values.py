@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from shuntyard.errors import CheckpointError, ShuntyardError
-from shuntyard.exporter import weights as weights_module
+from shuntyard.exporter import split as split_module
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.export import export
+from shuntyard.exporter.split import cut_large
 from shuntyard.exporter.values import check_finite, has_equal_rows
-from shuntyard.exporter.weights import cut_large, match_weights
+from shuntyard.exporter.weights import match_weights
 from tests.exporter.handmade import Handmade, packed
 from tests.exporter.spoiling import EXPERT, EXPERTS, FORMS, INT4, Q, Spoil, added, change, match, refusal, sound
 
@@ -92,7 +93,7 @@ def test_the_last_value_is_read(piece: int, split: bool, tmp_path: Path, monkeyp
     """In pieces that end within a row, within a matrix, or not at all."""
     monkeypatch.setattr("shuntyard.exporter.values._PIECE", piece)
     if split:
-        monkeypatch.setattr(weights_module, "LARGEST_TENSOR", 1000)
+        monkeypatch.setattr(split_module, "LARGEST_TENSOR", 1000)
     for form, name, place in (
         ("channel", W, "[63, 31]"),
         ("tensor", W, "[63, 31]"),
