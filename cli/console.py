@@ -22,7 +22,7 @@ PATH = click.Path(path_type=Path)
 
 def say(line: str) -> None:
     """A line of progress."""
-    stderr.print(line, style="dim", markup=False)
+    stderr.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def warn(line: str) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,8 @@ class _Asked:
         if recipe is None:
             return
         read = None if calibration is None else read_calibration(calibration)
+        if read is not None:
+            read.check(checkpoint)
         taken = None if calibration is None else hashlib.sha256(calibration.read_bytes()).hexdigest()
         self.record = RecipeRecord(name=recipe.name, sha256=recipe.sha256, calibration_sha256=taken)
         if not recipe.rules:
@@ -198,6 +200,7 @@ class _Asked:
             return
         rewritten = carry_out(checkpoint, weights, self._resolved, read)
         self.new, self._twice = rewritten.targets, rewritten.twice
+        self.weights = replace(weights, waived=[name for name in weights.waived if name not in rewritten.taken])
         self._section = quantised_config(rewritten, self._resolved)
 
     def _as_it_is(self) -> Weights | None:

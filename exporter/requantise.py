@@ -38,6 +38,7 @@ class Rewritten:
     targets: list[Target] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)  # modules that are dequantised and quantised again
     precision: dict[str, Precision] = field(default_factory=dict)  # of those that are quantised
+    taken: set[str] = field(default_factory=set)  # scales of activations and caches that the checkpoint had
 
 
 def carry_out(
@@ -49,9 +50,7 @@ def carry_out(
         UnsupportedError: a module cannot become what is asked of it, or needs a calibration that is not given.
         CheckpointError: the calibration is of another checkpoint, or lacks a module.
     """
-    if calibration is not None:
-        calibration.check(checkpoint)
-    elif missing := _uncalibrated(checkpoint, resolved):
+    if calibration is None and (missing := _uncalibrated(checkpoint, resolved)):
         raise UnsupportedError(
             f"{resolved.recipe.where}: '{missing}' needs a scale for its activations, and there is no calibration",
             hint="shuntyard calibrate CKPT OUT --text FILE makes one; give it by --calibration OUT",
@@ -166,6 +165,7 @@ class _Writer:
                         "cache is one number",
                         hint="name other modules in the recipe, or give the checkpoint without these scales",
                     )
+                self.out.taken.add(name)
                 value = float(read_values(entry).reshape(-1)[0])
                 if not 0 < value < float("inf"):
                     raise CheckpointError(

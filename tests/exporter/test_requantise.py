@@ -336,6 +336,9 @@ def test_modelopts_own_scales_are_used(tmp_path: Path) -> None:
         if name.endswith("_proj.input_scale") and ".layers.0." not in name:
             assert new[name].item() == tensor.item()
     assert not any(".layers.0." in name and name.endswith("_scale") for name in new)
+    manifest = json.loads((tmp_path / "out" / "shuntyard.json").read_text())
+    dropped = {name for name in old if name.endswith("input_scale") and ".layers.0." in name}
+    assert set(manifest["waived"]) == dropped  # what was taken over is not waived
     (line,) = [line for line in said if "rounded twice" in line]
     assert line.startswith("model.layers.1.self_attn.v_proj and 2 more")
     assert "hf_quant_config.json" not in {path.name for path in (tmp_path / "out").iterdir()}
@@ -585,7 +588,7 @@ class TestRefused:
     def test_calibration_of_another(self, source: Path, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path / "other", RAW, {n: w.half() for n, w in WEIGHTS.items()})
         calibration = write_calibration(tmp_path / "calibration.json", other)
-        for made in (recipe(self.STATIC), read_recipe("fp8")):
+        for made in (recipe(self.STATIC), read_recipe("fp8"), read_recipe("stored")):
             with pytest.raises(CheckpointError, match="the calibration is of another checkpoint"):
                 run(source, tmp_path / "out", made, calibration=calibration)
         assert not (tmp_path / "out").exists()
