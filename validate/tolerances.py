@@ -142,24 +142,35 @@ class Codes:
     reason: str
 
 
-CODES: dict[str, Codes] = {
+_FREE = "a number that is turned turns others, and experts, in all that follows, so two right engines part as two "
+"builds of bf16 do"
+
+CODES = {
     "fp32": Codes(
-        noise=4e-6,
+        noise=2 * 2.0**-20,
         slack=3.0,
-        whole=Tolerance(None, 1e-2, 0.9, 1e-2, 2e-1, None, "TODO"),
-        reason="TODO",
+        whole=Tolerance(
+            max_abs=None,
+            mean_kl=2e-2,
+            top1=0.8,
+            perplexity=5e-2,
+            tie=1.0,
+            kv=None,
+            reason=_FREE,
+        ),
+        reason="what is rounded differs by 2e-7 to 5e-7 between two orders of summation",
     ),
     "fp16": Codes(
-        noise=4 * 2.0**-11,
-        slack=3.0,
-        whole=Tolerance(None, 1e-2, 0.9, 1e-2, 2e-1, None, "TODO"),
-        reason="TODO",
+        noise=2.0**-11,
+        slack=2.5,
+        whole=Tolerance(None, 2e-2, 0.8, 5e-2, 1.0, None, reason=_FREE),
+        reason="one rounding",
     ),
     "bf16": Codes(
-        noise=4 * 2.0**-8,
-        slack=3.0,
-        whole=Tolerance(None, 3e-2, 0.85, 2e-2, 5e-1, None, "TODO"),
-        reason="TODO",
+        noise=2.0**-8,
+        slack=1.0,
+        whole=Tolerance(None, 3e-2, 0.8, 5e-2, 1.0, None, reason=_FREE),
+        reason="one rounding",
     ),
 }
 

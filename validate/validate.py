@@ -83,12 +83,13 @@ def validate(
     report = Report(engine, reference, subject.backend, subject.dtype, sum(len(s.tokens) for s in sequences))
     report.layers, report.notes, report.facts = subject.config.num_hidden_layers, notes, subject.facts
     formats = subject.dtype, other.dtype
+    before = len(report.notes)
     is_source = check_files(report, subject, other, allow_other=plan.allow_other_files)
     if not is_source:
         noise = CODES[max(formats, key=ORDER.index)].noise
         subject, other = subject.rounding(other, noise), other.rounding(subject, noise)
     bounds = Bounds(formats, list(plan.overrides), fp8=bool(subject.activations), alike=not is_source)
-    report.notes += _remarks(subject, other, bounds, plan, len(sequences))
+    report.notes[before:before] = _remarks(subject, other, bounds, plan, len(sequences))
     say(f"{len(sequences)} sequences, {report.tokens} tokens")
     if plan.polygraphy_save is not None:
         report.notes += _save_for_polygraphy(subject, sequences, plan.polygraphy_save)
