@@ -178,6 +178,14 @@ def slack_of(straight: LayerValues, twin: LayerValues) -> Array:
         ours, theirs = straight.part(part), twin.part(part)
         if ours is not None and theirs is not None:
             found[:, i] = difference_of(ours, theirs)
+    if straight.router is not None:
+        # A few logits, of one expert a single one, may happen to stay though what they are made of does not.
+        wide = straight.feed_forward_input.astype(np.float64)
+        before = found[:, PARTS.index("post_attention_layernorm"), :1]
+        share = before / np.maximum(np.sqrt(np.mean(wide**2, axis=1, keepdims=True)), np.finfo(np.float32).tiny)
+        router = PARTS.index("feed_forward.router")
+        typical = float(np.sqrt(np.mean(straight.router.astype(np.float64) ** 2)))
+        found[:, router] = np.maximum(found[:, router], share * typical)
     return found
 
 

@@ -43,13 +43,14 @@ def check_files(report: Report, engine: Subject, reference: Subject, *, allow_ot
 
 def _check_rewritten(report: Report, engine: Subject, reference: Subject) -> bool:
     """Holds an engine's own weights, written anew in another form, to the reference's, value by value."""
-    recipe = None if engine.manifest is None else engine.manifest.recipe
     if not any(path.suffix == ".safetensors" for path in engine.path.iterdir()):
         report.notes.append(
             "the engine's weights were rewritten from a checkpoint of the same names, types and shapes; whether from "
             "these values cannot be seen, for the plan has them in a form of its own"
         )
-        return recipe is not None and any(own.granularity for own in engine.manifest.modules.values())
+        manifest = engine.manifest
+        by_recipe = manifest is not None and manifest.recipe is not None
+        return by_recipe and any(own.granularity for own in (engine.modules or {}).values())
     theirs, ours = DequantisedCheckpoint(reference.path), DequantisedCheckpoint(engine.path)
     exact, quantised = True, 0
     for name in theirs.shapes:  # one at a time: all of them need not fit in memory

@@ -142,35 +142,60 @@ class Codes:
     reason: str
 
 
-_FREE = "a number that is turned turns others, and experts, in all that follows, so two right engines part as two "
-"builds of bf16 do"
+_FREE = (
+    "a number that is turned turns others, and experts, in all that follows, so that two right engines part as two "
+    "of bf16 do, and what is generated parts with them: greedy tokens are reported. "
+)
 
 CODES = {
     "fp32": Codes(
-        noise=2 * 2.0**-20,
-        slack=3.0,
+        noise=4 * ROUNDINGS["fp32"].unit,
+        slack=6.0,
         whole=Tolerance(
             max_abs=None,
             mean_kl=2e-2,
             top1=0.8,
             perplexity=5e-2,
-            tie=1.0,
+            tie=None,
             kv=None,
-            reason=_FREE,
+            reason=_FREE
+            + "Every product of the layers rounded, the miniature had KL 6.8e-3 and 1.6e-2 of the perplexity, "
+            "random models KL 4e-3, top-1 .875 of 48 tokens and 2.5e-2; with experts alone rounded KL is 2e-6",
         ),
-        reason="what is rounded differs by 2e-7 to 5e-7 between two orders of summation",
+        reason="engine and reference differ by 2e-7 to 5e-7 in what they round; numbers were turned that are within "
+        "1e-6, by cancelling sums. Bounds had to be wider by 1.3 times the slack for random models of widths 96 to "
+        "1024, by 2.8 for the miniature",
     ),
     "fp16": Codes(
-        noise=2.0**-11,
-        slack=2.5,
-        whole=Tolerance(None, 2e-2, 0.8, 5e-2, 1.0, None, reason=_FREE),
-        reason="one rounding",
+        noise=8 * ROUNDINGS["fp16"].unit,
+        slack=3.0,
+        whole=Tolerance(
+            max_abs=None,
+            mean_kl=4e-2,
+            top1=0.8,
+            perplexity=6e-2,
+            tie=None,
+            kv=None,
+            reason=_FREE
+            + "The miniature had KL 1.8e-2, top-1 .906, 1.4e-2 of the perplexity; random models 3.7e-2 of it",
+        ),
+        reason="what is rounded is off by several roundings where sums cancel. One in ten numbers can be turned, in "
+        "every token, so that bounds are near to what rounding itself is worth: grave faults are seen, and the same "
+        "graph in fp32 shows the others",
     ),
     "bf16": Codes(
-        noise=2.0**-8,
-        slack=1.0,
-        whole=Tolerance(None, 3e-2, 0.8, 5e-2, 1.0, None, reason=_FREE),
-        reason="one rounding",
+        noise=8 * ROUNDINGS["bf16"].unit,
+        slack=3.0,
+        whole=Tolerance(
+            max_abs=None,
+            mean_kl=5e-2,
+            top1=0.8,
+            perplexity=6e-2,
+            tie=None,
+            kv=None,
+            reason=_FREE + "The eager model had KL 1.9e-2 on the miniature, 1.2e-2 on random models",
+        ),
+        reason="as fp16",
     ),
 }
 
