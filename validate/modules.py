@@ -131,11 +131,12 @@ def _worst(
 ) -> tuple[float, float | None, int]:
     """The error that is furthest beyond its token's bound, that bound, and the token."""
     if bound is None:
-        token = int(np.where(kept, errors, -1.0).argmax())
+        token = int(np.where(kept, errors, -1.0).argmax())  # NaN is the largest
         return float(errors[token]), None, token
     bounds = bound + more
     with np.errstate(divide="ignore", invalid="ignore"):
-        by = np.where(errors > 0, errors / bounds, 0.0)
+        by = np.where(errors == 0, 0.0, errors / bounds)
+    by[np.isnan(by)] = np.inf
     token = int(np.where(kept, by, -1.0).argmax())
     return float(errors[token]), float(bounds[token]), token
 

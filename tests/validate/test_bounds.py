@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from shuntyard.errors import EngineError
 from shuntyard.validate.bounds import METRICS, Bounds, Override, over, read_overrides
-from shuntyard.validate.tolerances import MODULES, ORDER, ROUNDINGS, TOLERANCES
+from shuntyard.validate.tolerances import CODES, MODULES, ORDER, ROUNDINGS, TOLERANCES
 from shuntyard.validate.values import PARTS
 
 EXPERTS = "model.layers.5.feed_forward.experts"
@@ -119,3 +120,24 @@ def test_how_far_over() -> None:
     assert over(float("nan"), 2.0) == float("inf")
     assert over(0.0, 0.0) == 0.0
     assert over(1e-9, 0.0) == float("inf")
+
+
+def test_fp8_activations_have_bounds_of_their_own() -> None:
+    assert set(CODES) == set(ORDER)
+    own, plain = Bounds(("fp32",), fp8=True), Bounds(("fp32",))
+    name = "model.layers.0.self_attn"
+    assert own.module(name, "self_attn", "forced") == plain.module(name, "self_attn", "forced")
+    assert own.module(name, "self_attn", "free") == (None, None) != plain.module(name, "self_attn", "free")
+    assert own.slack(name) == (CODES["fp32"].slack,) * 2 and plain.slack(name) == (0.0, 0.0)
+    override = Override(module="model.layers.*", metric="relative", bound=0.5, reason="ours")
+    assert Bounds(("fp32",), [override], fp8=True).slack(name) == (0.0, CODES["fp32"].slack)
+    assert own.whole.tie is None and all(codes.reason and codes.whole.reason for codes in CODES.values())
+
+
+def test_what_is_not_to_be_alike_is_judged_by_overrides_alone() -> None:
+    override = Override(module="model.layers.1.*", metric="relative", bound=0.5, reason="ours")
+    bounds = Bounds(("fp32",), [override], alike=False)
+    assert bounds.module("model.layers.0.self_attn", "self_attn", "forced") == (None, None)
+    assert bounds.module("model.layers.1.self_attn", "self_attn", "forced") == (0.5, None)
+    assert bounds.margin("model.layers.0.feed_forward.router") == math.inf
+    assert bounds.whole.mean_kl is None and bounds.itself == TOLERANCES["fp32"]
