@@ -25,7 +25,7 @@ def targets_of(source: Path, *, quantised: bool = False) -> list[Target]:
     """A fused ``[E, H, 2F]`` tensor, split into ``[F, H]`` matrices: F16, or quantised in all ways by turns."""
     [entry] = read_header(source).tensors
     experts, hidden, inner = entry.shape[0], entry.shape[1], entry.shape[2] // 2
-    found = []
+    found: list[Target] = []
     for e in range(experts):
         for part, c in (("gate", 0), ("up", inner)):
             name, pieces = f"{e}.{part}", ((Piece(entry, e, (c, c + inner), transpose=True),),)
