@@ -14,8 +14,8 @@ from shuntyard.validate.subjects import Subject
 def check_files(report: Report, engine: Subject, reference: Subject, *, allow_other: bool) -> bool:
     """Adds a failed check, or with ``allow_other`` a note, where the weights' files differ, or the tokenizer's.
 
-    Returns whether the reference is the very checkpoint that a recipe made the engine's weights of, by quantising:
-    the two are to differ then.
+    Returns whether the reference is the very checkpoint that a recipe made the engine of, by quantising weights or KV
+    caches: the two are to differ then.
     """
     files = [subject.path / "tokenizer.json" for subject in (engine, reference)]
     if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
@@ -74,7 +74,7 @@ def _check_rewritten(report: Report, engine: Subject, reference: Subject) -> boo
             "the rewrite rounded the weights, and the reference has them as they were: hold the engine to the model "
             "directory to judge the engine alone"
         )
-    return False
+    return bool(engine.fp8_kv_cache)
 
 
 NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}

@@ -86,6 +86,7 @@ def validate(
     before = len(report.notes)
     is_source = check_files(report, subject, other, allow_other=plan.allow_other_files)
     if not is_source:
+        _check_caches(subject, other)
         noise = CODES[max(formats, key=ORDER.index)].noise
         subject, other = subject.rounding(other, noise), other.rounding(subject, noise)
     bounds = Bounds(formats, list(plan.overrides), fp8=bool(subject.activations), alike=not is_source)
@@ -162,6 +163,18 @@ def _check_alike(a: Subject, b: Subject) -> None:
             f"{a.path} and {b.path} have experts in other layers",
             hint="give the checkpoint that the engine was built from",
         )
+
+
+def _check_caches(subject: Subject, other: Subject) -> None:
+    """Refuses FP8 KV caches, which no reference rounds: a right engine would be told to be wrong."""
+    for side in (subject, other):
+        if side.fp8_kv_cache:
+            raise UnsupportedError(
+                f"{side.path}: caches FP8 numbers in {len(side.fp8_kv_cache)} layers, and the reference does not round "
+                "what it caches: the two differ by that",
+                hint="give the checkpoint that it was quantised from to see what the recipe costs; or a recipe without "
+                "kv_cache",
+            )
 
 
 def _check_possible(subject: Subject, other: Subject, plan: Plan) -> None:

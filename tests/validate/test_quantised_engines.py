@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from shuntyard.engines import lower
 from shuntyard.engines.build import Request, build
-from shuntyard.errors import CheckpointError
+from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter import storage
 from shuntyard.exporter.export import export
 from shuntyard.exporter.recipe import read_recipe
@@ -443,3 +443,15 @@ def test_reports_say_it(made: Made, engine: Path) -> None:
     page = render(report)
     for shown in (text, page):
         assert "the reference rounds activations to FP8 numbers, too" in shown and "FP8 in " in shown
+
+
+def test_an_fp8_cache_has_no_reference(made: Made, tmp_path: Path) -> None:
+    """A right engine would be told to be wrong; what it costs can be seen."""
+    own = recipe(rule("*.self_attn", kv_cache="fp8"))
+    calibration = write_calibration(tmp_path / "calibration.json", made.checkpoint)
+    export(made.checkpoint, tmp_path / "model", recipe=own, calibration=calibration)
+    engine = str(made.engine(tmp_path / "model", tmp_path / "engine"))
+    with pytest.raises(UnsupportedError, match="caches FP8 numbers in"):
+        validate(engine, str(tmp_path / "model"), made.plan)
+    report = validate(engine, str(made.checkpoint), made.plan)
+    assert report.passed and any("recipe" in note for note in report.notes)
