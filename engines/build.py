@@ -31,6 +31,7 @@ from shuntyard.exporter.config_file import token_id
 from shuntyard.exporter.export import MANIFEST_NAME, MODEL_NAME, ModelManifest, check_graph, read_manifest
 from shuntyard.exporter.graph import COMPUTE_TYPES, mark
 from shuntyard.exporter.output import link_or_copy, output_directory
+from shuntyard.exporter.precision import EMBEDDING
 from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.values import check_finite, has_equal_rows
 from shuntyard.exporter.weights import match_weights
@@ -108,6 +109,11 @@ def open_model(path: Path) -> Opened:
     checkpoint = open_checkpoint(path)
     if checkpoint.fingerprint != manifest.checkpoint_fingerprint:
         raise EngineError(f"{path}: its shards are not those that were exported", hint="export again")
+    if checkpoint.small_tensors_sha256() != manifest.small_tensors_sha256:
+        raise EngineError(
+            f"{path}: scales, norms or routers have changed since the export",
+            hint="somebody wrote into the checkpoint's file; export again",
+        )
     return Opened(path, manifest, checkpoint, ir.load(graph), eos_token_ids(path))
 
 
@@ -250,7 +256,8 @@ def _check_precision(opened: Opened, dtype: str) -> None:
     if manifest.recipe is None or not manifest.recipe.sha256:
         return
     for name, own in manifest.precision.items():
-        plain = not own.granularity and not name.endswith((".router", "embed_tokens"))
+        is_looked_up = name == EMBEDDING and "lm_head" in manifest.precision  # tied, it is multiplied with, too
+        plain = not own.granularity and not name.endswith(".router") and not is_looked_up
         if plain and not own.product and own.weights != dtype:
             raise UnsupportedError(
                 f"{opened.path}: recipe '{manifest.recipe.name}' asks for {own.weights} in '{name}', which an engine "

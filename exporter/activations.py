@@ -18,6 +18,9 @@ from shuntyard.exporter.quantization import Quantization
 from shuntyard.exporter.safetensors_header import TensorEntry, read_values
 from shuntyard.exporter.weights import WEIGHT_DTYPES, Experts, Stored, Weights
 
+LEAST_SCALE = 2.0**-126
+"""The smallest normal number: of less, few bits are left, and a quotient by it overflows."""
+
 _NOT_ASKED = "export without --recipe: activations are then left as they are"
 
 
@@ -125,8 +128,8 @@ def _check_scale(entry: TensorEntry) -> None:
             hint=_NOT_ASKED,
         )
     value = float(read_values(entry).reshape(-1)[0])
-    if not (math.isfinite(value) and value > 0):
+    if not LEAST_SCALE <= value < math.inf:
         raise CheckpointError(
-            f"{entry.file}: tensor '{entry.name}' holds {value}: a scale for activations is a positive number",
+            f"{entry.file}: tensor '{entry.name}' holds {value}: a scale for activations is a positive, normal number",
             hint="the checkpoint is damaged, or was not calibrated",
         )

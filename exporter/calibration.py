@@ -45,7 +45,8 @@ class Calibration(BaseModel):
     format: Literal[1] = 1
     kind: Literal["calibration"] = "calibration"
     shuntyard: str
-    checkpoint_fingerprint: Digest  # of the checkpoint that the reference ran
+    checkpoint_fingerprint: Digest  # of the checkpoint that the reference ran: of its headers
+    small_tensors_sha256: Digest  # and of the data of its norms, routers and scales
     text: str  # the file's name
     text_sha256: Digest
     tokens: Count  # of all windows
@@ -69,6 +70,12 @@ class Calibration(BaseModel):
             raise CheckpointError(
                 f"{checkpoint.path}: the calibration is of another checkpoint "
                 f"({self.checkpoint_fingerprint[:16]}, this one is {checkpoint.fingerprint[:16]})",
+                hint="shuntyard calibrate this one",
+            )
+        if self.small_tensors_sha256 != checkpoint.small_tensors_sha256():
+            raise CheckpointError(
+                f"{checkpoint.path}: the calibration is of another checkpoint of the same shapes: norms, routers or "
+                "scales differ",
                 hint="shuntyard calibrate this one",
             )
 

@@ -61,6 +61,7 @@ class ModelManifest(BaseModel):
     shuntyard: str
     dtype: str
     checkpoint_fingerprint: str
+    small_tensors_sha256: str  # scales, norms and routers, by content
     rewritten_from: str | None = None  # fingerprint of the checkpoint that the weights were rewritten from
     recipe: RecipeRecord | None = None
     precision: dict[str, ModulePrecision]  # of every module, by its name
@@ -182,6 +183,8 @@ class _Asked:
         self.record: RecipeRecord | None = None
         self._resolved: Resolved | None = None
         self._twice: list[str] = []
+        self._own_scales = 0
+        self._is_calibrated = calibration is not None
         self._section: dict[str, Any] | None = None
         if recipe is None:
             return
@@ -189,7 +192,7 @@ class _Asked:
         if read is not None:
             read.check(checkpoint)
         taken = None if calibration is None else hashlib.sha256(calibration.read_bytes()).hexdigest()
-        self.record = RecipeRecord(name=recipe.name, sha256=recipe.sha256, calibration_sha256=taken)
+        self.record = RecipeRecord(name=recipe.name, sha256=recipe.sha256)
         if not recipe.rules:
             self.weights = attach_activations(weights, checkpoint)
             return
@@ -199,6 +202,9 @@ class _Asked:
             self.weights = linked
             return
         rewritten = carry_out(checkpoint, weights, self._resolved, read)
+        self._own_scales = len(rewritten.taken)
+        if rewritten.calibrated:
+            self.record = self.record.model_copy(update={"calibration_sha256": taken})
         self.new, self._twice = rewritten.targets, rewritten.twice
         self.weights = replace(weights, waived=[name for name in weights.waived if name not in rewritten.taken])
         self._section = quantised_config(rewritten, self._resolved)
@@ -225,10 +231,31 @@ class _Asked:
                 f"{self._resolved.recipe.where}: {one} matches nothing that an earlier rule left"
                 for one in self._resolved.unused
             ]
+        if self._resolved is not None and self._resolved.quantises_nothing:
+            lines.append(f"{self._resolved.recipe.where}: no module of this model becomes fp8 or int4")
+        if self._own_scales and self._is_calibrated:
+            lines.append(f"{self._own_scales} scales are the checkpoint's own: the calibration's are not used for them")
+        if self._is_calibrated and (self.record is None or self.record.calibration_sha256 is None):
+            lines.append("nothing was taken from the calibration")
+        lines += self._caches()
         if self._twice:
             more = f" and {len(self._twice) - 1} more" if len(self._twice) > 1 else ""
             lines.append(f"{self._twice[0]}{more} was quantised in another way: its numbers are rounded twice")
         return lines
+
+    def _caches(self) -> list[str]:
+        """What becomes of a declared FP8 KV cache."""
+        quantization = self._checkpoint.quantization
+        if quantization is None or not quantization.kv_cache or self._resolved is not None:
+            return []
+        if self._recipe is None:
+            return ["an FP8 KV cache is declared, and is not used; --recipe stored rounds it"]
+        without = [i for i in range(self._checkpoint.config.num_hidden_layers) if i not in self.weights.kv_scales]
+        if not without:
+            return []
+        return [
+            f"an FP8 KV cache is declared, but {len(without)} layers, {without[0]} first, have no scales: not rounded"
+        ]
 
     def config(self) -> str:
         """``config.json`` of the new checkpoint."""
@@ -280,6 +307,7 @@ def _write_graph(
     manifest = ModelManifest(
         shuntyard=shuntyard.__version__,
         checkpoint_fingerprint=checkpoint.fingerprint,
+        small_tensors_sha256=checkpoint.small_tensors_sha256(),
         graph_sha256=hashlib.sha256(data).hexdigest(),
         shards={header.file.name: header.file_bytes for header in checkpoint.headers},
         tensors=weights.tensors,

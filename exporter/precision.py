@@ -12,6 +12,8 @@ from shuntyard.exporter.modules import EXPERTS, modules
 from shuntyard.exporter.recipe import PLAIN, STORED, Precision, Resolved
 from shuntyard.exporter.weights import Stored, Weights
 
+EMBEDDING = "model.embed_tokens"
+
 _PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _ACTIVATIONS = {"none": "none", "static": "fp8-static", "dynamic": "fp8-dynamic"}
 
@@ -41,7 +43,9 @@ def precision_of(
     weights: Weights, config: Llama4Config, products: Mapping[str, str] | None = None
 ) -> dict[str, ModulePrecision]:
     """The precision of every module; a layer's experts are alike."""
-    products = products or {}
+    products = dict(products or {})
+    if config.tie_word_embeddings and "lm_head" in products:
+        products[EMBEDDING] = products["lm_head"]
     found = {}
     for module in modules(config):
         if module.kind == "experts":
@@ -73,16 +77,22 @@ def products_of(resolved: Resolved) -> dict[str, str]:
     bf16 is no type of its own: such a module computes in the engine's type, which is bf16 on GPUs.
     """
     kinds = {module.name: module.kind for module in resolved.modules}
-    return {
+    found = {
         name: own.weights
         for name, own in resolved.precision.items()
         if own.weights in ("fp32", "fp16") and kinds[name] in ("linear", "experts")
     }
+    embedding = resolved.precision[EMBEDDING].weights
+    if resolved.is_tied and embedding in ("fp32", "fp16"):
+        found["lm_head"] = embedding  # the head multiplies with it
+    return found
 
 
 def differences(resolved: Resolved, found: Mapping[str, ModulePrecision], fp8_caches: Collection[int]) -> list[str]:
     """Modules and KV caches that are not what a recipe asked for, in words; there should be none."""
     products, wrong = products_of(resolved), []
+    if resolved.is_tied and "lm_head" in products:
+        products[EMBEDDING] = products["lm_head"]
     for name, asked in resolved.precision.items():
         is_plain = asked.weights in PLAIN
         own = found[name]

@@ -162,6 +162,17 @@ class Resolved:
         return any(own.weights != STORED for own in self.precision.values())
 
     @property
+    def quantises_nothing(self) -> bool:
+        """Whether rules ask for FP8 or INT4, and no module of this model becomes it."""
+        asked = any(rule.weights in ("fp8", "int4") for rule in self.recipe.rules)
+        return asked and not any(own.granularity for own in self.precision.values())
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head multiplies with the embedding."""
+        return all(module.name != "lm_head" for module in self.modules)
+
+    @property
     def plain_types(self) -> set[str]:
         """The types of the modules that rules make plain, as ``config.json`` calls them."""
         names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -232,7 +243,7 @@ def resolve(recipe: Recipe, config: Llama4Config) -> Resolved:
     layers = config.num_hidden_layers
     precision = {module.name: Precision() for module in own}
     rule_of: dict[str, int] = {}
-    used: set[tuple[int, str]] = set()
+    used: set[tuple[int, str, str]] = set()
     for number, rule in enumerate(recipe.rules, 1):
         if rule.weights is None:
             continue
@@ -250,7 +261,7 @@ def resolve(recipe: Recipe, config: Llama4Config) -> Resolved:
                 continue
             rule_of[module.name] = number
             precision[module.name] = rule.precision
-            used |= {(number, pattern) for pattern in rule.matching(_names(module.name, layers))}
+            used |= {(number, pattern, "weights") for pattern in rule.matching(_names(module.name, layers))}
             _check_groups(recipe, number, rule.precision, module)
     caches = dict.fromkeys(attentions(config), "compute")
     for number, rule in enumerate(recipe.rules, 1):
@@ -261,12 +272,14 @@ def resolve(recipe: Recipe, config: Llama4Config) -> Resolved:
             if found and name not in rule_of:
                 rule_of[name] = number
                 caches[name] = rule.kv_cache
-                used |= {(number, pattern) for pattern in found}
+                used |= {(number, pattern, "kv_cache") for pattern in found}
     unused = [
-        f"rule {number}: '{pattern}'"
+        f"rule {number}: '{pattern}'" + (f", for its {side}," if len(sides) > 1 else "")
         for number, rule in enumerate(recipe.rules, 1)
+        if (sides := [side for side in ("weights", "kv_cache") if getattr(rule, side) is not None])
         for pattern in rule.modules
-        if (number, pattern) not in used
+        for side in sides
+        if (number, pattern, side) not in used
     ]
     return Resolved(recipe, own, precision, caches, rule_of, tuple(unused))
 

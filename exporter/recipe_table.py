@@ -139,6 +139,8 @@ def _warnings(checkpoint: Checkpoint, resolved: Resolved) -> Iterator[str]:
     if resolved.recipe.rules and left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         yield f"no rule is about '{left[0]}'{more}: as stored"
+    if resolved.quantises_nothing:
+        yield "no module of this model becomes fp8 or int4"
     if resolved.needs_calibration:
         yield f"{len(resolved.needs_calibration)} modules need scales: from the checkpoint, or from shuntyard calibrate"
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from shuntyard.errors import CheckpointError, UnsupportedError
+from shuntyard.exporter.activations import LEAST_SCALE
 from shuntyard.exporter.calibration import Calibration
 from shuntyard.exporter.checkpoint import Checkpoint
 from shuntyard.exporter.modules import EXPERTS, Module
@@ -39,6 +40,7 @@ class Rewritten:
     twice: list[str] = field(default_factory=list)  # modules that are dequantised and quantised again
     precision: dict[str, Precision] = field(default_factory=dict)  # of those that are quantised
     taken: set[str] = field(default_factory=set)  # scales of activations and caches that the checkpoint had
+    calibrated: int = 0  # scales that the calibration gave
 
 
 def carry_out(
@@ -167,9 +169,9 @@ class _Writer:
                     )
                 self.out.taken.add(name)
                 value = float(read_values(entry).reshape(-1)[0])
-                if not 0 < value < float("inf"):
+                if not LEAST_SCALE <= value < math.inf:
                     raise CheckpointError(
-                        f"{entry.file}: tensor '{entry.name}' holds {value}: a scale is a positive number",
+                        f"{entry.file}: tensor '{entry.name}' holds {value}: a scale is a positive, normal number",
                         hint="the checkpoint is damaged, or was not calibrated",
                     )
                 return value
@@ -181,6 +183,7 @@ class _Writer:
                 f"{self.resolved.recipe.where}: '{name}' needs a scale, and there is no calibration",
                 hint="shuntyard calibrate CKPT OUT --text FILE makes one; give it by --calibration OUT",
             )
+        self.out.calibrated += 1
         return self.calibration
 
     def _kv_cache(self, attention: str) -> None:

@@ -79,6 +79,7 @@ def calibrate(
     calibration = Calibration(
         shuntyard=shuntyard.__version__,
         checkpoint_fingerprint=opened.fingerprint,
+        small_tensors_sha256=opened.small_tensors_sha256(),
         text=text.name,
         text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
         tokens=sum(len(sequence.tokens) for sequence in sequences),

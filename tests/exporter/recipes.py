@@ -44,6 +44,7 @@ def write_calibration(path: Path, checkpoint: Path, low: float = 1.0, high: floa
     made = Calibration(
         shuntyard="0.0.0",
         checkpoint_fingerprint=opened.fingerprint,
+        small_tensors_sha256=opened.small_tensors_sha256(),
         text="text.txt",
         text_sha256="0" * 64,
         tokens=8,

@@ -23,6 +23,7 @@ SOUND: dict[str, Any] = {
     "kind": "calibration",
     "shuntyard": "0.1.0",
     "checkpoint_fingerprint": "a" * 64,
+    "small_tensors_sha256": "c" * 64,
     "text": "text.txt",
     "text_sha256": "0" * 64,
     "tokens": 64,
@@ -133,8 +134,15 @@ def test_none_is_there(tmp_path: Path) -> None:
 def test_it_is_of_one_checkpoint(tmp_path: Path) -> None:
     own = open_checkpoint(write_checkpoint(tmp_path / "own", raw_config()))
     other = open_checkpoint(write_checkpoint(tmp_path / "other", raw_config(floor_scale=5)))
-    made = Calibration.model_validate(SOUND | {"checkpoint_fingerprint": own.fingerprint})
+    sample = own.small_tensors_sha256()
+    made = Calibration.model_validate(
+        SOUND | {"checkpoint_fingerprint": own.fingerprint, "small_tensors_sha256": sample}
+    )
     made.check(own)
+    tuned = open_checkpoint(write_checkpoint(tmp_path / "tuned", raw_config(), seed=3))
+    assert tuned.fingerprint == own.fingerprint  # of the same shapes
+    with pytest.raises(CheckpointError, match="of the same shapes: norms, routers or scales differ"):
+        made.check(tuned)
     with pytest.raises(CheckpointError, match="is of another checkpoint") as refusal:
         made.check(other)
     assert str(other.path) in refusal.value.message and refusal.value.hint == "shuntyard calibrate this one"

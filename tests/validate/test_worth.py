@@ -132,11 +132,12 @@ def test_a_calibration_of_another_checkpoint_is_refused(checkpoint: Path) -> Non
         inputs |= {module.name + part: 4.0 for part in (parts if module.kind == "experts" else [""])}
     facts = {"shuntyard": "0", "text": "t", "text_sha256": "0" * 64, "tokens": 1, "windows": 1, "length": 1}
     facts |= {"method": "amax", "reference": "r", "keys": {}, "values": {}}
-    own = open_checkpoint(checkpoint).fingerprint
-    right = Calibration.model_validate({**facts, "inputs": inputs, "checkpoint_fingerprint": own})
+    own = open_checkpoint(checkpoint)
+    facts |= {"small_tensors_sha256": own.small_tensors_sha256(), "inputs": inputs}
+    right = Calibration.model_validate({**facts, "checkpoint_fingerprint": own.fingerprint})
     base, worth = measure(checkpoint, [recipe("static", static)], WINDOWS, right)
     assert worth.kl > base.kl
-    other = Calibration.model_validate({**facts, "inputs": inputs, "checkpoint_fingerprint": "0" * 64})
+    other = Calibration.model_validate({**facts, "checkpoint_fingerprint": "0" * 64})
     with pytest.raises(CheckpointError, match="the calibration is of another checkpoint"):
         measure(checkpoint, [recipe("static", static)], WINDOWS, other)
 
