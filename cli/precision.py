@@ -24,25 +24,29 @@ if TYPE_CHECKING:
 @click.argument("ckpt", type=PATH)
 @click.option("--recipe", "recipes", multiple=True, help="A shipped recipe, stored, or a .toml file.  [default: fp8]")
 @click.option("--every", is_flag=True, help="A row for every module, and not for those of all layers that are alike.")
+@click.option("--toml", is_flag=True, help="The recipes themselves, to start one of your own.")
 @click.option("--measure", is_flag=True, help="What the recipes are worth on --text.  [default recipes: all shipped]")
 @click.option("--group-sizes", is_flag=True, help="With --measure: INT4 experts in groups of 8 to 128, too.")
 @click.option("--within", metavar="BOUND", help='Search the smallest recipe within a bound, as "kl<=0.01", on --text.')
-@click.option("--out", type=PATH, help="With --within: the recipe's file, OUT.toml; a page of plots lies beside it.")
+@click.option("--out", type=PATH, help="With --within: the recipe's new file, as mine.toml; mine.html has the plots.")
 @click.option("--text", type=PATH, help="UTF-8 text to measure on.")
 @click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Windows of the text.")
 @click.option("--length", type=click.IntRange(4), help="Tokens a window.  [default: 3.5 chunks, at most 512]")
 @click.option("--calibration", type=PATH, help="With --measure: what calibrate wrote, for static scales.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
-def precision(ckpt: Path, recipes: tuple[str, ...], every: bool, as_json: bool, **asked: Any) -> None:
+def precision(ckpt: Path, recipes: tuple[str, ...], every: bool, toml: bool, as_json: bool, **asked: Any) -> None:
     """Say what each module of the checkpoint CKPT becomes under a recipe, and what that costs and saves.
 
     --measure runs recipes over a text, emulated in fp32: perplexity, KL from bf16, agreement, bytes. --within searches
     a recipe, and writes it as a file to read and to edit.
     """
-    from shuntyard.exporter.recipe import read_recipe
+    from shuntyard.exporter.recipe import read_recipe, recipe_bytes
     from shuntyard.exporter.recipe_table import recipe_table
 
     _check_options(asked, recipes)
+    if toml:
+        click.echo("\n".join(recipe_bytes(name).decode() for name in recipes or ("fp8",)), nl=False)
+        return
     if asked["within"] is not None:
         _search(ckpt, asked, as_json)
     elif asked["measure"]:
@@ -159,16 +163,20 @@ def print_recipe(found: RecipeTable, *, every: bool) -> None:
     stdout.print(heading, style="bold", markup=False)
     stdout.print(one_line(found.recipe.description), markup=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("module", "layers", "rule", "becomes"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("layers", "module") and not every)
-    for name in ("MB now", "MB", "saved"):
+    for name in ("module", *([] if every else ["layers"]), "rule", "becomes"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("layers", "module"))
+    for name in ("MB",) if every else ("MB now", "MB", "saved"):
         table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, cells: tuple[str, ...], before: int, after: int, style: str | None = None) -> None:
+        # Whole names take the place of a column or two: they are to be copied into rules.
+        sizes = (_mb(after),) if every else (_mb(before), _mb(after), _saved(before, after))
+        table.add_row(escape(name), *map(escape, cells[1:] if every else cells), *sizes, style=style)
+
     for name, rows in _groups(found, every):
-        before, after = sum(row.bytes_stored for row in rows), sum(row.nbytes for row in rows)
-        table.add_row(*map(escape, (name, *_cells(rows))), _mb(before), _mb(after), _saved(before, after))
-    table.add_row("norms, biases", "", "", "as stored", _mb(found.other_bytes), _mb(found.other_bytes), "")
-    before, after = found.bytes_stored, found.nbytes
-    table.add_row("all", "", "", "", _mb(before), _mb(after), _saved(before, after), style="bold")
+        add(name, _cells(rows), sum(row.bytes_stored for row in rows), sum(row.nbytes for row in rows))
+    add("norms, biases", ("", "", "as stored"), found.other_bytes, found.other_bytes)
+    add("all", ("", "", ""), found.bytes_stored, found.nbytes, style="bold")
     stdout.print(table)
     for line in found.warnings:
         warn(f"{found.recipe.where}: {line}")

@@ -183,6 +183,7 @@ class _Asked:
         self.record: RecipeRecord | None = None
         self._resolved: Resolved | None = None
         self._twice: list[str] = []
+        self._widened: list[str] = []
         self._own_scales = 0
         self._is_calibrated = calibration is not None
         self._section: dict[str, Any] | None = None
@@ -205,7 +206,7 @@ class _Asked:
         self._own_scales = len(rewritten.taken)
         if rewritten.calibrated:
             self.record = self.record.model_copy(update={"calibration_sha256": taken})
-        self.new, self._twice = rewritten.targets, rewritten.twice
+        self.new, self._twice, self._widened = rewritten.targets, rewritten.twice, rewritten.widened
         self.weights = replace(weights, waived=[name for name in weights.waived if name not in rewritten.taken])
         self._section = quantised_config(rewritten, self._resolved)
 
@@ -227,17 +228,17 @@ class _Asked:
             kinds = " and ".join(quantization.activations)
             lines.append(f"activations are declared {kinds}, and are left as they are; --recipe stored quantises them")
         if self._resolved is not None and self._resolved.recipe.is_a_file:
-            lines += [
-                f"{self._resolved.recipe.where}: {one} matches nothing that an earlier rule left"
-                for one in self._resolved.unused
-            ]
+            lines += [f"warning: {self._resolved.recipe.where}: {one}" for one in self._resolved.unused]
         if self._resolved is not None and self._resolved.quantises_nothing:
-            lines.append(f"{self._resolved.recipe.where}: no module of this model becomes fp8 or int4")
+            lines.append(f"warning: {self._resolved.recipe.where}: no module of this model becomes fp8 or int4")
         if self._own_scales and self._is_calibrated:
             lines.append(f"{self._own_scales} scales are the checkpoint's own: the calibration's are not used for them")
         if self._is_calibrated and (self.record is None or self.record.calibration_sha256 is None):
             lines.append("nothing was taken from the calibration")
         lines += self._caches()
+        if self._widened:
+            more = f" and {len(self._widened) - 1} more" if len(self._widened) > 1 else ""
+            lines.append(f"{self._widened[0]}{more} was quantised, and becomes plain: its numbers stay rounded")
         if self._twice:
             more = f" and {len(self._twice) - 1} more" if len(self._twice) > 1 else ""
             lines.append(f"{self._twice[0]}{more} was quantised in another way: its numbers are rounded twice")

@@ -187,42 +187,52 @@ def read_recipe(name: str | Path) -> Recipe:
     """
     if str(name) == STORED:
         return Recipe(STORED, STORED, "as the checkpoint stores and declares it, activations too", (), "")
+    shipped = str(name) in SHIPPED
+    return parse_recipe(recipe_bytes(name), str(name) if shipped else Path(name).stem, _where(str(name)))
+
+
+def recipe_bytes(name: str | Path) -> bytes:
+    """The TOML of a shipped recipe, or of one in a file.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
     if str(name) in SHIPPED:
-        data = resources.files("shuntyard.exporter").joinpath("recipes", f"{name}.toml").read_bytes()
-        return parse_recipe(data, str(name), _where(str(name)))
+        return resources.files("shuntyard.exporter").joinpath("recipes", f"{name}.toml").read_bytes()
     path = Path(name)
     known = f"the path of a .toml file, or one of {', '.join((STORED, *SHIPPED))}"
     try:
         if not path.is_file():
             raise UnsupportedError(f"{name}: no such recipe", hint=known)
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UnsupportedError(f"{name}: cannot be read: {error.strerror}", hint=known) from error
-    return parse_recipe(data, path.stem, str(path))
 
 
 def _where(name: str) -> str:
-    """A shipped recipe, in messages."""
-    return f"recipe {name}"
+    """A recipe, in messages."""
+    return f"recipe {name}" if name in SHIPPED else name
 
 
 def parse_recipe(data: bytes, name: str, where: str) -> Recipe:
     """A recipe from a file's bytes; see :func:`read_recipe`."""
-    hint = "shuntyard precision CKPT --recipe fp8 shows one; docs/precision.md says what rules can say"
+    hint = "shuntyard precision CKPT --recipe fp8 --toml prints one; docs/precision.md says what rules can say"
     try:
         raw = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # the latter of lists within lists within lists
-        raise UnsupportedError(f"{where}: is no TOML: {error}", hint=hint) from error
+        raise UnsupportedError(f"{where}: cannot be read as TOML: {error}", hint=hint) from error
     try:
         file = _File.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        # What is not known says more than what is missing: it is there under another name.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         place = first["loc"]
         said = f"rule {int(place[1]) + 1}" if len(place) > 1 and place[0] == "rule" else ""
         key = (
             ".".join(str(part) for part in place[2:] if not str(part).isdigit()) if said else ".".join(map(str, place))
         )
         subject = ": ".join(part for part in (where, said, f"key '{key}'" if key else "") if part)
+        subject += "" if key else ":"
         value = first.get("input")
         shown = f", not {brief(value)}" if first["type"] in ("literal_error", "string_type", "int_parsing") else ""
         what = {
@@ -267,14 +277,28 @@ def resolve(recipe: Recipe, config: Llama4Config) -> Resolved:
     for number, rule in enumerate(recipe.rules, 1):
         if rule.kv_cache is None:
             continue
+        matches = False
         for name in caches:
             found = rule.matching(_names(name, layers))
+            matches = matches or bool(found)
             if found and name not in rule_of:
                 rule_of[name] = number
                 caches[name] = rule.kv_cache
                 used |= {(number, pattern, "kv_cache") for pattern in found}
+        if not matches:
+            raise UnsupportedError(
+                f"{recipe.where}: rule {number}: kv_cache is of attentions, and its modules match none",
+                hint='modules = "model.layers.*.self_attn"',
+            )
+    every = [*(_names(module.name, layers) for module in own), *(_names(name, layers) for name in caches)]
     unused = [
-        f"rule {number}: '{pattern}'" + (f", for its {side}," if len(sides) > 1 else "")
+        f"rule {number}: '{pattern}'"
+        + (f", for its {side}," if len(sides) > 1 else "")
+        + (
+            " matches nothing that an earlier rule left"
+            if any(fnmatch.fnmatchcase(name, pattern) for names in every for name in names)
+            else " matches no module"
+        )
         for number, rule in enumerate(recipe.rules, 1)
         if (sides := [side for side in ("weights", "kv_cache") if getattr(rule, side) is not None])
         for pattern in rule.modules

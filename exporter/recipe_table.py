@@ -133,8 +133,7 @@ def _bytes(parts: Sequence[Stored]) -> int:
 
 def _warnings(checkpoint: Checkpoint, resolved: Resolved) -> Iterator[str]:
     if resolved.recipe.is_a_file:
-        for one in resolved.unused:
-            yield f"{one} matches nothing that an earlier rule left"
+        yield from resolved.unused
     left = [name for name in resolved.precision if name not in resolved.rule_of and not name.endswith(".router")]
     if resolved.recipe.rules and left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""

@@ -38,6 +38,7 @@ class Rewritten:
 
     targets: list[Target] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)  # modules that are dequantised and quantised again
+    widened: list[str] = field(default_factory=list)  # modules that are dequantised
     precision: dict[str, Precision] = field(default_factory=dict)  # of those that are quantised
     taken: set[str] = field(default_factory=set)  # scales of activations and caches that the checkpoint had
     calibrated: int = 0  # scales that the calibration gave
@@ -97,6 +98,7 @@ class _Writer:
             dtype = stored.entry.dtype if stored.form == "none" else "F32"  # a router's numbers, times scale: exact
             self.out.targets.append(copied(f"{module.name}.weight", stored, dtype))
         elif asked.weights in PLAIN:
+            self.out.widened += [module.name] * (stored.form != "none")
             self.out.targets.append(copied(f"{module.name}.weight", stored, DTYPES[asked.weights]))
         else:
             asked = self._as_stored(module, stored) if asked.weights == STORED else asked
@@ -114,6 +116,7 @@ class _Writer:
         if asked.weights in (STORED, *PLAIN):
             check_alike(module, asked, experts)
             weights = None if asked.weights == STORED else asked.weights
+            self.out.widened += [module.name] * (first.form != "none")
             self.out.targets += expert_targets(module.name, experts, Relayout(weights=weights))
             return
         self.out.precision[module.name] = asked

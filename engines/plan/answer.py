@@ -156,8 +156,7 @@ def _notes(model: Model, asked: Asked) -> Iterator[str]:
         yield "an FP8 cache is arithmetic: TensorRT's cache update takes no FP8"
     resolved = model.resolved(asked.weights)
     if resolved.recipe.is_a_file:
-        for one in resolved.unused:
-            yield f"{one} matches nothing that an earlier rule left"
+        yield from resolved.unused
     yield "activations as TensorRT-RTX plans them for sm89; other builders' plans were not seen"
     if model.stored.vision:
         yield f"the vision tower, {model.stored.vision / GIB:.2f} GiB of the files, is no part of the text engine"

@@ -88,7 +88,7 @@ def test_a_recipes_cache_counts(tmp_path: Path) -> None:
         answer = plan_model(SCOUT_MODEL, replace(far, kv=kv))
         assert answer.asked.kv == {1: "fp8", 2: "bf16"}[item]
         assert answer.budget.cache == kv_cache(SCOUT_MODEL.config, 1, 10_485_760, item, gpus=4)
-        assert ("rule 2: 'nowhere' matches nothing that an earlier rule left" in answer.notes) is True
+        assert ("rule 2: 'nowhere' matches no module" in answer.notes) is True
         assert any("takes no FP8" in note for note in answer.notes) == (item == 1)
     with pytest.raises(UnsupportedError, match="gpu 'a100-80' is sm80"):
         plan_model(SCOUT_MODEL, Request(weights=everywhere, gpu="a100-80"))

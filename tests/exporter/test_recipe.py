@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shuntyard.errors import UnsupportedError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import Module, attentions, modules
+from shuntyard.exporter.precision import products_of
 from shuntyard.exporter.recipe import (
     PLAIN,
     SHIPPED,
@@ -54,14 +55,14 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("[[rule", "own.toml: is no TOML: "),
-            ('[[rule]]\nmodules = "a"\nmodules = "b"\nweights = "fp8"', "own.toml: is no TOML: "),
-            ("a = " + "[" * 100_000, "own.toml: is no TOML: "),
+            ("[[rule", "own.toml: cannot be read as TOML: "),
+            ('[[rule]]\nmodules = "a"\nmodules = "b"\nweights = "fp8"', "own.toml: cannot be read as TOML: "),
+            ("a = " + "[" * 100_000, "own.toml: cannot be read as TOML: "),
             ("", "own.toml: key 'rule' is missing"),
             ("rule = []", "own.toml: key 'rule' "),
             ("rule = 3", "own.toml: key 'rule' should be a valid tuple"),
             ('[rule]\nmodules = "a"\nweights = "fp8"', "own.toml: key 'rule' should be a valid tuple"),
-            ("rule = [3]", "own.toml: rule 1 should be a valid dict"),
+            ("rule = [3]", "own.toml: rule 1: should be a valid dict"),
             ('rules = 1\n[[rule]]\nmodules = "a"\nweights = "fp8"', "own.toml: key 'rules' is not known"),
             ('description = 3\n[[rule]]\nmodules = "a"\nweights = "fp8"', "own.toml: key 'description' should be"),
         ],
@@ -73,7 +74,7 @@ class TestReading:
         assert "\n" not in caught.value.message
 
     def test_no_text(self) -> None:
-        with pytest.raises(UnsupportedError, match="is no TOML: 'utf-8' codec can't decode"):
+        with pytest.raises(UnsupportedError, match="cannot be read as TOML: 'utf-8' codec can't decode"):
             parse_recipe(b"\xff\xfe[[rule]]", "own", "own.toml")
 
     @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ class TestReading:
         assert found.is_a_file and found.name == name and found.where == str(path)
         assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         table = recipe_table(write_checkpoint(tmp_path / "checkpoint", raw_config()), found)
-        assert table.warnings[0] == "rule 1: 'lm_haed' matches nothing that an earlier rule left"
+        assert table.warnings[0] == "rule 1: 'lm_haed' matches no module"
 
 
 def becomes(made: Recipe, config: Llama4Config = CONFIG) -> dict[str, str]:
@@ -214,7 +215,7 @@ class TestResolving:
         config = parsed(raw_config(tie_word_embeddings=True))
         found = resolve(recipe(rule("lm_head", weights="fp8"), rule("*", weights="fp8")), config)
         assert "lm_head" not in found.precision and found.precision["model.embed_tokens"].weights == STORED
-        assert found.unused == ("rule 1: 'lm_head'",)
+        assert found.unused == ("rule 1: 'lm_head' matches no module",)
 
     def test_unused(self) -> None:
         made = recipe(
@@ -224,11 +225,23 @@ class TestResolving:
             rule(["model.layers.0.self_attn", "*.self_attn.q_proj"], kv_cache="compute"),
         )
         assert resolve(made, CONFIG).unused == (
-            "rule 2: 'lm_head'",
-            "rule 2: 'nothing'",
-            "rule 4: 'model.layers.0.self_attn'",
-            "rule 4: '*.self_attn.q_proj'",
+            "rule 2: 'lm_head' matches nothing that an earlier rule left",
+            "rule 2: 'nothing' matches no module",
+            "rule 4: 'model.layers.0.self_attn' matches nothing that an earlier rule left",
+            "rule 4: '*.self_attn.q_proj' matches nothing that an earlier rule left",
         )
+
+    def test_half_a_rule_may_be_unused(self) -> None:
+        made = recipe(rule("*.self_attn", weights="fp8", kv_cache="fp8"), rule("*", weights="bf16"))
+        found = resolve(made, CONFIG)
+        assert found.precision["model.layers.0.self_attn.q_proj"].weights == "bf16"
+        assert found.unused == ("rule 1: '*.self_attn', for its weights, matches nothing that an earlier rule left",)
+        with pytest.raises(UnsupportedError, match="rule 1: kv_cache is of attentions, and its modules match none"):
+            resolve(recipe(rule("*.self_attn.*_proj", weights="bf16", kv_cache="fp8")), CONFIG)
+
+    def test_a_tied_head_has_the_embedding_s_type(self) -> None:
+        found = resolve(recipe(rule("*", weights="fp32")), parsed(raw_config(tie_word_embeddings=True)))
+        assert products_of(found)["lm_head"] == "fp32"
 
     def test_caches(self) -> None:
         made = recipe(
@@ -322,10 +335,12 @@ def test_resolving_is_what_it_is_said_to_be(
         precision = recipe(rule("*", **keys)).rules[0].precision if "weights" in keys else None
         expected |= {m.name: (precision, number) for m in can if precision is not None}
         if "kv_cache" in keys:
-            caches |= {n: (str(keys["kv_cache"]), number) for n in caches if matches(n, patterns, layers)}
+            attended = [n for n in caches if matches(n, patterns, layers)]
+            refused |= not attended
+            caches |= {n: (str(keys["kv_cache"]), number) for n in attended}
     made = recipe(*(rule(patterns, **keys) for patterns, keys in asked))
     if refused:
-        with pytest.raises(UnsupportedError, match="cannot be"):
+        with pytest.raises(UnsupportedError, match="cannot be|kv_cache is of attentions"):
             resolve(made, config)
         return
     found = resolve(made, config)
