@@ -95,12 +95,14 @@ def validate(engine: str, reference: str, as_json: bool, **asked: Any) -> None:
             click.echo(line)
     else:
         print_report(report)
-    if asked["save_baseline"] is not None and report.passed:
-        baseline.save_baseline(report, asked["save_baseline"], asked["baseline_entry"])
+    if asked["save_baseline"] is not None and report.verdict != "failed":
+        # What a recipe costs is judged by nothing else than such a file.
+        unjudged = report.verdict == "not judged"
+        baseline.save_baseline(report, asked["save_baseline"], asked["baseline_entry"], allow_failed=unjudged)
         say(f"{asked['save_baseline']}: saved")
     elif asked["save_baseline"] is not None:
         warn(f"{asked['save_baseline']}: not saved, for the run failed: a broken engine is no yardstick")
-    if not report.passed:
+    if report.verdict == "failed":
         sys.exit(EXIT_FAILED)
 
 
@@ -170,6 +172,9 @@ def print_report(report: Report) -> None:
         stdout.print(f"perplexity {ours}, reference {theirs}", soft_wrap=True)
     if report.passed:
         stdout.print("[bold green]passed")
+        return
+    if report.verdict == "not judged":
+        stdout.print(f"[bold yellow]not judged[/]: {escape(report.unjudged)}", soft_wrap=True)
         return
     for check in report.failures[:_MOST]:
         where = f" at {one_line(check.detail)}" if check.detail else ""

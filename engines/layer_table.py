@@ -38,6 +38,8 @@ _TENSORRT_TYPES = {
     "Int4": "int4",
     "Int32": "int32",
     "Int64": "int64",
+    "Bool": "bool",
+    "UInt8": "uint8",
 }
 UNKNOWN_FORM = "this version of TensorRT writes its log differently; what it built cannot be checked"
 
@@ -63,7 +65,11 @@ class Layer:
 
 
 def _types(text: str) -> list[str]:
-    return [_TENSORRT_TYPES.get(name, name.lower()) for name in _DATATYPE.findall(text)]
+    """Raises EngineError for a type that nobody has seen there: it could be one that a product was narrowed to."""
+    found = _DATATYPE.findall(text)
+    if strange := [name for name in found if name not in _TENSORRT_TYPES]:
+        raise EngineError(f"the builder's layer dump has a type that is not known: {strange[0]}", hint=UNKNOWN_FORM)
+    return [_TENSORRT_TYPES[name] for name in found]
 
 
 def _origins(metadata: str) -> list[str]:

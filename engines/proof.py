@@ -29,12 +29,18 @@ ROUTER = "feed_forward.router"
 """The product that computes in fp32 whatever the engine's type is."""
 
 
+_MIXED = frozenset({"kgen", "runtime_fusion", "cast", "reshape", "shape_call", "signal", "wait"})
+"""Kinds of layers that do other things beside a product, or none. Every other kind, known or not, is taken for one and
+held to it as a ``gemm`` is."""
+
+
 class Asked(NamedTuple):
     """What a node is to compute in, and how its weights are stored where they are quantised."""
 
     compute: str  # fp32, fp16, bf16, or fp8: a product of e4m3 numbers
     stored: str = ""  # fp8, int4
     copies: int = 0  # of the experts: how many weights the plugin is to be given
+    plain: str = ""  # of the experts: the type of weights that are not quantised
 
 
 def expected_plugins(model: ir.Model) -> Counter[str]:
@@ -98,7 +104,8 @@ def _asked(module: str, own: ModulePrecision, node: ir.Node, dtype: str) -> Aske
         return Asked(own.computes_in(dtype), stored)
     fixed = len(EXPERTS.inputs)
     lists = {"": 1, "fp8-static": 3}.get(own.activations if stored else "", 2)
-    return Asked(own.computes_in(dtype), stored, (len(node.inputs) - fixed) // lists)
+    plain = "" if stored else own.weights
+    return Asked(own.computes_in(dtype), stored, (len(node.inputs) - fixed) // lists, plain)
 
 
 def compute_types(expected: Mapping[str, Asked]) -> dict[str, str]:
@@ -153,6 +160,7 @@ def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: s
     """
     found = dict.fromkeys(expected, False)
     kept: set[str] = set()
+    finished = {origin.rsplit(".", 1)[0] for layer in layers for origin in layer.origins if origin.endswith(_BEHIND)}
     for layer in layers:
         own = {origin.split(".weight", 1)[0] for origin in layer.origins} & expected.keys()
         stored = {expected[module].stored for module in own}
@@ -164,6 +172,8 @@ def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: s
             asked = expected[path]
             raise EngineError(f"no layer of the plan shows that it computes {path} in {asked.compute}", hint=NOT_ASKED)
     for path, asked in expected.items():
+        if asked.compute == "fp8" and not asked.copies and path not in finished:
+            raise EngineError(f"no layer of the plan scales what {path} computes in fp8", hint=NOT_ASKED)
         if asked.stored and not asked.copies and path not in kept:
             raise EngineError(f"no layer of the plan holds the weight of {path} in {asked.stored}", hint=NOT_ASKED)
     plain = {"fp32", dtype, *(asked.compute for asked in expected.values())} - {"fp8"}
@@ -175,6 +185,10 @@ def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: s
         if others:
             names = ", ".join(sorted(others))
             raise EngineError(f"layer '{layer.name}' computes in {names}, which nobody asked for", hint=NOT_ASKED)
+
+
+_BEHIND = (".scale", ".rounded")
+"""What a product of e4m3 numbers has behind it (``exporter/storage.py``)."""
 
 
 def _belongs(origin: str, modules: Iterable[str]) -> bool:
@@ -196,12 +210,14 @@ def _shows(layer: Layer, path: str, asked: Asked, dtype: str, stored: set[str]) 
         return _shows_fp8(layer, path, activations, weights, dtype)
     if layer.plugin == SCATTER_ADD.name:
         activations, weights = {layer.inputs[0]}, set()
-    allowed = {asked.compute} if layer.kind == "gemm" or layer.plugin else {asked.compute, dtype, "fp32"}
+    is_product = layer.kind not in _MIXED and not layer.plugin
+    strange = {*layer.inputs, *layer.constants} - _FLOATS if is_product else set()
+    allowed = {asked.compute} if is_product or layer.plugin else {asked.compute, dtype, "fp32"}
     # A layer that only prepares weights may do so for several products that are computed as one.
-    quantised = {asked.stored} if layer.kind == "gemm" else stored - ({"fp8"} if asked.stored != "fp8" else set())
-    if activations - allowed or weights - {asked.compute, "fp32", *quantised}:
-        raise _wrong(layer, path, asked.compute, activations | weights)
-    return asked.compute in activations | weights
+    quantised = {asked.stored} if is_product else stored
+    if strange or activations - allowed or weights - {asked.compute, "fp32", *quantised}:
+        raise _wrong(layer, path, asked.compute, activations | weights | strange)
+    return asked.compute in activations
 
 
 def _wrong(layer: Layer, path: str, compute: str, read: Iterable[str]) -> EngineError:
@@ -217,10 +233,12 @@ def _wrong(layer: Layer, path: str, compute: str, read: Iterable[str]) -> Engine
 
 def _shows_fp8(layer: Layer, path: str, activations: set[str], weights: set[str], dtype: str) -> bool:
     """A product of e4m3 numbers: a layer that reads them as inputs and as constants."""
-    multiplies = layer.kind == "gemm" or "fp8" in weights
-    if multiplies and (activations != {"fp8"} or "fp8" not in weights or weights - {"fp8", "fp32"}):
-        raise _wrong(layer, path, "fp8", activations | weights)
-    if not multiplies and (activations | weights) - {"fp32", "fp8", dtype}:
+    strange = {*layer.inputs, *layer.constants} - _FLOATS
+    multiplies = layer.kind not in _MIXED or (activations == {"fp8"} and "fp8" in weights)
+    if multiplies and (strange or activations != {"fp8"} or "fp8" not in weights or weights - {"fp8", "fp32"}):
+        raise _wrong(layer, path, "fp8", activations | weights | strange)
+    # What scales and rounds behind the product has no weight: one of the engine's type would be a second product's.
+    if not multiplies and (activations - {"fp32", "fp8", dtype} or weights - {"fp32", "fp8"}):
         raise _wrong(layer, path, "fp8", activations | weights)
     return multiplies
 
@@ -234,10 +252,10 @@ def _shows_experts(layer: Layer, path: str, asked: Asked, dtype: str) -> bool:
 
     Whether it rounds its rows to FP8 within is told by the plugin itself (:func:`check_experts`).
     """
-    x = layer.inputs[0]
+    x, out = layer.inputs[0], layer.outputs[0]
     own = asked.compute if asked.compute != "fp8" else dtype
-    if x != own:
-        raise _wrong(layer, path, own, {x})
+    if {x, out} != {own}:
+        raise _wrong(layer, path, own, {x, out})
     given = Counter([*layer.inputs[len(EXPERTS.inputs) :], *layer.constants])
     if asked.stored and given[_GIVEN_AS[asked.stored]] != asked.copies:
         raise EngineError(
@@ -245,6 +263,6 @@ def _shows_experts(layer: Layer, path: str, asked: Asked, dtype: str) -> bool:
             + (", ".join(f"{count} {name}" for name, count in sorted(given.items())) or "none"),
             hint=NOT_ASKED,
         )
-    if not asked.stored and {"fp8", "int32"} & set(given):
+    if not asked.stored and given != {asked.plain: asked.copies}:
         raise _wrong(layer, path, own, given)
     return True

@@ -141,6 +141,11 @@ class Bounds:
         """Modules of overrides that met no module."""
         return [o.module for i, o in enumerate(self._overrides) if i not in self._used]
 
+    @property
+    def judges(self) -> bool:
+        """Whether anything is held to a bound: by the table, or by an override that met something."""
+        return self.alike or bool(self._used)
+
     def notes(self) -> list[str]:
         """One line for each override that counted."""
         return [

@@ -35,6 +35,14 @@ PIECE = 2**21
 """Values that are read at once: 8 MiB of them in fp32. A piece's file is opened anew, for the safetensors library maps
 the whole file, and pages that were read stay with the process until the map is closed."""
 
+ROUNDING = 1 + 2.0**-7
+"""Of what a scale may be off by: scales are rounded too, to bf16 at the coarsest, some after the numbers are chosen."""
+
+LARGEST_FP8, LEAST_SCALE = 448.0, 2.0**-126
+INT4_STEPS = (6.0, 10.0)
+"""A group's largest magnitude is at least so many of its scale, and at most so many: more are cut off, for the sake of
+the small ones."""
+
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 Index = tuple[slice, ...]
@@ -97,6 +105,19 @@ class _Weight:
             return
         exponents = numbers.float().abs().clamp(min=2.0**-6).frexp().exponent - 1
         into[:] = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 4) * _against(scale, numbers)
+
+    def misfit(self, value: Tensor) -> str:
+        """How the scale is no scale that ``value``, of its shape, is rounded by: "coarser", "finer", or ""."""
+        assert self.scale is not None
+        scale = self.scale.read().float().reshape(-1)
+        largest = value.reshape(len(scale), -1).abs().amax(1)  # of a group, a row, or all
+        most, least = largest / LARGEST_FP8, torch.zeros_like(largest)  # finer FP8 cuts off, which its reach shows
+        if self.packed:
+            most, least = largest / INT4_STEPS[0], largest / INT4_STEPS[1]
+        some = largest > 0  # zeros are zeros by any scale
+        if bool((some & ~(scale <= ROUNDING * most.clamp(min=LEAST_SCALE))).any()):
+            return "coarser"
+        return "finer" if bool((some & ~(scale * ROUNDING >= least)).any()) else ""
 
     def read(self, into: Tensor) -> None:
         """Writes the values, in fp32, into a tensor (or a transposed view) of its shape."""
@@ -175,6 +196,21 @@ class DequantisedCheckpoint:
         found = torch.empty(2, *weight.shape)
         weight.read_reach(found)
         return found
+
+    def misfit(self, name: str, value: Tensor) -> str:
+        """Whether a parameter's scales are "coarser" or "finer" than those that ``value`` is quantised by; "" if not.
+
+        By the reach alone everything is rounded to zero where a scale is only large enough.
+        """
+        module, _, part = name.rpartition(".")
+        if module not in self._experts:
+            weight = self._plain[name]
+            return "" if weight.scale is None else weight.misfit(value)
+        for matrix, own in self._matrices(module, part, value):
+            found = "" if own.scale is None else own.misfit(matrix.transpose(-1, -2))
+            if found:
+                return found
+        return ""
 
     def plain_type(self, name: str) -> str:
         """The type that a parameter's numbers are stored in, as safetensors spells it."""
@@ -292,12 +328,16 @@ class DequantisedCheckpoint:
         """Per-expert matrices ``[out, in]`` as transformers' stacks ``[E, in, out]``, gate before up."""
         shape = self.shapes[f"{module}.{part}"]
         stacked = torch.empty(2, *shape) if reach else torch.empty(shape)
-        for e in range(shape[0]):
-            parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-            for name, matrix in zip(parts, stacked[..., e, :, :].chunk(len(parts), dim=-1), strict=True):
-                weight = self._experts[module][f"{module}.{e}.{name}.weight"]
-                (weight.read_reach if reach else weight.read)(matrix.transpose(-1, -2))
+        for matrix, weight in self._matrices(module, part, stacked):
+            (weight.read_reach if reach else weight.read)(matrix.transpose(-1, -2))
         return stacked
+
+    def _matrices(self, module: str, part: str, stacked: Tensor) -> Iterator[tuple[Tensor, _Weight]]:
+        """Each matrix ``[..., in, out]`` of a stack, a view, and what it is stored in."""
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for e in range(stacked.shape[-3]):
+            for name, matrix in zip(parts, stacked[..., e, :, :].chunk(len(parts), dim=-1), strict=True):
+                yield matrix, self._experts[module][f"{module}.{e}.{name}.weight"]
 
 
 def dequantised_state(checkpoint: Path) -> dict[str, Tensor]:

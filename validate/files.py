@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shuntyard.engines.build import eos_token_ids
-from shuntyard.validate.dequantise import DequantisedCheckpoint
+from shuntyard.validate.dequantise import ROUNDING, DequantisedCheckpoint
 from shuntyard.validate.report import Check, Report
 from shuntyard.validate.subjects import Subject
 
@@ -63,6 +63,11 @@ def _check_rewritten(report: Report, engine: Subject, reference: Subject) -> boo
             detail = f"'{name}' of the engine is not what a rewrite of the reference's gives"
             report.checks.append(Check("files: the same values", "no", "yes", False, detail))
             return False
+        misfit = ours.misfit(name, value)
+        if misfit:
+            detail = f"'{name}' of the engine: its scales are {misfit} than its values need"
+            report.checks.append(Check("files: quantised from the reference's", "no", "yes", False, detail))
+            return False
         quantised += 1
     if quantised:
         detail = f"{quantised} of {len(theirs.shapes)} weights are the reference's, each value rounded to the nearest"
@@ -78,8 +83,6 @@ def _check_rewritten(report: Report, engine: Subject, reference: Subject) -> boo
 
 
 NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
-ROUNDING = 1 + 2.0**-7
-"""Of a reach: scales are rounded too, to bf16 at the coarsest, some after the numbers are chosen."""
 
 
 def _is_rounded(value: Tensor, own: Tensor, reach: Tensor | None) -> bool:

@@ -18,6 +18,10 @@ from shuntyard.validate.report import Check, Module, Report, Routing
 from shuntyard.validate.values import module_name
 from shuntyard.validate.whole import WholeRun
 
+MOST_KL = 1.0
+LEAST_TOP1 = 0.2
+"""Mean KL in nats and the share of equal tokens, beyond which a quantised engine is not the model it was made of."""
+
 
 def judge_logits(
     report: Report,
@@ -66,6 +70,8 @@ def judge_logits(
     report.at_most(f"{part}: cosine distance", float(over_tokens("cosine").max()), None, module=WHOLE)
     report.at_most(f"{part}: mean KL", float(over_tokens("kl").mean()), whole.mean_kl, module=WHOLE)
     report.at_least(f"{part}: top-1 agreement", float(over_tokens("top1").mean()), whole.top1, module=WHOLE)
+    if not bounds.alike:
+        _judge_floor(report, part, float(over_tokens("kl").mean()), float(over_tokens("top1").mean()), bounds)
     report.at_most(f"{part}: top-5 disagreement", float(1 - over_tokens("top5").mean()), None, module=WHOLE)
     losses = over_tokens("nll"), over_tokens("nll_reference")
     if not np.isnan(losses[0]).all():
@@ -79,6 +85,17 @@ def judge_logits(
             f"engine {np.exp(ours):.6g}, reference {np.exp(theirs):.6g}",
             WHOLE,
         )
+
+
+def _judge_floor(report: Report, part: str, mean_kl: float, top1: float, bounds: Bounds) -> None:
+    """What no recipe costs: adds a failed check where the engine is another model than the reference."""
+    whole = bounds.whole
+    near = whole.mean_kl is not None or mean_kl <= MOST_KL
+    if near and (whole.top1 is not None or top1 >= LEAST_TOP1):
+        return
+    value, bound = f"KL {mean_kl:.3g}, top-1 {top1:.3g}", f"KL <= {MOST_KL:g}, top-1 >= {LEAST_TOP1:g}"
+    detail = "what the engine computes is not this model: no recipe costs so much"
+    report.checks.append(Check(f"{part}: the same model", value, bound, False, detail, WHOLE))
 
 
 def judge_cache(

@@ -129,6 +129,8 @@ def github_annotations(report: Report) -> list[str]:
     lines += _limited("warning", [("shuntyard", note) for note in report.notes], "notes")
     judged = sum(check.ok is not None for check in report.checks)
     verdict = f"passed {judged} checks" if report.passed else f"FAILED {len(report.failures)} of {judged} checks"
+    if report.verdict == "not judged":
+        verdict = f"not judged: {report.unjudged}"
     text = f"{report.engine} ({report.backend}, {report.dtype}) against {report.reference}: {verdict}"
     if report.culprit:
         text += f"; first diverging module: {report.culprit} ({report.culprit_mode})"

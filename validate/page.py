@@ -192,6 +192,8 @@ NOTHING = "No check was judged, so this says nothing about the engine."
 
 def why(report: Report) -> str:
     """One sentence: what is wrong, by how much, and where; or what was looked at."""
+    if report.verdict == "not judged":
+        return f"{report.unjudged[:1].upper()}{report.unjudged[1:]}."
     if not report.passed and not report.failures:
         return NOTHING
     if report.passed:

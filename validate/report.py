@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 SCHEMA = 2
 """Of :meth:`Report.as_dict`. Raised when a field changes its meaning or goes."""
@@ -158,12 +158,25 @@ class Report:
     facts: dict[str, str] = field(default_factory=dict)  # of the engine, for people
     regression: Regression | None = None
     layers: int = 0
+    unjudged: str = ""  # why what the engine computes was not judged, where nothing but a baseline could do so
+
+    @property
+    def verdict(self) -> Literal["passed", "failed", "not judged"]:
+        """In words: an engine that nothing held to anything has neither passed nor failed.
+
+        A report without a judged check that does not say why has failed: what was not looked at has not passed.
+        """
+        verdicts = [check.ok for check in self.checks if check.ok is not None]
+        if not all(verdicts):
+            return "failed"
+        if self.unjudged and not (self.regression is not None and self.regression.gates):
+            return "not judged"
+        return "passed" if verdicts else "failed"
 
     @property
     def passed(self) -> bool:
-        """Whether every judged check holds, and there is one: what was not looked at has not passed."""
-        verdicts = [check.ok for check in self.checks if check.ok is not None]
-        return bool(verdicts) and all(verdicts)
+        """Whether every judged check holds, and what the engine computes was judged by one."""
+        return self.verdict == "passed"
 
     @property
     def failures(self) -> list[Check]:
@@ -183,7 +196,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"schema": SCHEMA, "passed": self.passed, **_strict(asdict(self))}
+        return {"schema": SCHEMA, "passed": self.passed, "verdict": self.verdict, **_strict(asdict(self))}
 
 
 def _strict(value: Any) -> Any:

@@ -21,6 +21,7 @@ from itertools import pairwise
 from shuntyard.errors import EngineError, UnsupportedError
 from shuntyard.exporter.modules import Module
 from shuntyard.exporter.recipe import SHIPPED, Precision, read_recipe, resolve
+from shuntyard.validate.charts import three
 from shuntyard.validate.emulate import Emulation, Preparer
 from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.values import Tokens
@@ -81,6 +82,12 @@ class Found:
     windows: int
     passes: float  # forward passes over all windows that it took
     notes: list[str] = field(default_factory=list)
+    doubt: str = ""  # where the text is too short for the bound
+
+    def kept(self) -> str:
+        """What the best recipe keeps, for people: the bound's metric, and KL beside any other."""
+        shown = self.bound.shown(self.best.value)
+        return shown if self.bound.metric == "kl" else f"{shown}, KL {three(self.best.outcome.mean_kl)}"
 
     def shipped(self) -> list[Trial]:
         """The shipped recipes as they were measured."""
@@ -108,7 +115,6 @@ def search(
 
     Raises:
         EngineError: the windows are too short, or a module computes NaN or infinity.
-        UnsupportedError: nothing that was measured is within the bound; says what came nearest.
         CheckpointError: the checkpoint is broken.
     """
     check_windows(windows)
@@ -157,12 +163,16 @@ class _Search:
         best = self._improved(options)
         passes = self.walker.layers_run / self.numbers.config.num_hidden_layers
         tokens = sum(len(window) for window in self.windows)
+        trials, windows = list(self.tried.values()), len(self.windows)
+        found = Found(self.bound, best, baseline, sensitivities, trials, tokens, windows, passes, self.notes)
+        found.doubt = self.bound.doubt(best.outcome, self.reference)
+        if found.doubt:
+            self.report(f"warning: {found.doubt}")
         self.report(
-            f"found: {self.bound.shown(best.value)} at {best.bytes:,} bytes, bf16 has {baseline.bytes:,} "
+            f"found: {found.kept()} at {best.bytes:,} bytes, bf16 has {baseline.bytes:,} "
             f"({best.bytes / baseline.bytes:.1%}); {passes:.0f} forward passes"
         )
-        trials = list(self.tried.values())
-        return Found(self.bound, best, baseline, sensitivities, trials, tokens, len(self.windows), passes, self.notes)
+        return found
 
     def _shipped(self) -> dict[str, dict[str, Precision]]:
         """The shipped recipes that this model can have, but bf16."""
@@ -173,7 +183,12 @@ class _Search:
             except UnsupportedError as error:
                 self.notes.append(f"recipe {name} is left out: {error.message}")
                 continue
-            if name != BASELINE:
+            same = [
+                m.name for m in self.modules.values() if stored_as_int4(self.numbers, m, resolved.precision[m.name])
+            ]
+            if same:
+                self.notes.append(f"recipe {name} is left out: '{same[0]}' is stored in INT4 of these groups already")
+            elif name != BASELINE:
                 found[name] = resolved.precision
         return found
 
@@ -256,14 +271,8 @@ class _Search:
             middle = (low + high) // 2
 
     def _best(self) -> Trial:
-        within = [trial for trial in self.tried.values() if trial.within]
-        if not within:
-            nearest = min(self.tried.values(), key=lambda t: (math.isnan(t.value), self.bound.loss(t.value)))
-            raise UnsupportedError(
-                f"--within {self.bound.text}: none of {len(self.tried)} recipes that were measured is within it",
-                hint=f"the nearest has {self.bound.shown(nearest.value)}; bf16 is what all are compared with",
-            )
-        return min(within, key=self._rank)
+        # There is one: bf16 is within any bound, for it is what all are compared with.
+        return min((trial for trial in self.tried.values() if trial.within), key=self._rank)
 
     def _rank(self, trial: Trial) -> tuple[int, float]:
         return trial.bytes, self.bound.loss(trial.value)
@@ -344,7 +353,7 @@ class _Search:
             return self.bound.value
         if self.bound.metric == "top1":  # disagreement goes with the error, KL with its square
             return now * ((1 - self.bound.value) / (1 - best.value)) ** 2 if best.value < 1 else 4 * now
-        return now * min(4.0, self.bound.value / best.value) if best.value > 0 else 4 * now
+        return now * min(4.0, self.bound.value / abs(best.value)) if best.value else 4 * now
 
 
 def candidates(module: Module, numbers: Numbers) -> list[Precision]:
@@ -353,10 +362,17 @@ def candidates(module: Module, numbers: Numbers) -> list[Precision]:
         return []
     found = [Precision("fp8", "channel", "fp8-dynamic"), Precision("fp8", "channel")]
     fitting = [size for size in GROUP_SIZES if all(into % size == 0 for _, into in module.shapes)]
-    # INT4 of the same groups is not written anew by an export.
-    if fitting and not any(part.group_size == fitting[0] for part in numbers.stored(module)):
-        found.insert(0, Precision("int4", "group", "none", fitting[0]))
+    if fitting:
+        int4 = Precision("int4", "group", "none", fitting[0])
+        found = found if stored_as_int4(numbers, module, int4) else [int4, *found]
     return found
+
+
+def stored_as_int4(numbers: Numbers, module: Module, precision: Precision) -> bool:
+    """Whether a module is to become INT4 of the groups that it is stored in: an export does not write that anew."""
+    if precision.weights != "int4" or not module.can_be_quantised:
+        return False
+    return any(part.group_size == precision.group_size for part in numbers.stored(module))
 
 
 def lower_hull(points: Sequence[tuple[int, float, Precision]]) -> list[tuple[int, float, Precision]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shuntyard.errors import EngineError, NotFiniteError, UnsupportedError
+from shuntyard.errors import EngineError, NotFiniteError, ShuntyardError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.output import output_directory, refuse_existing
 from shuntyard.validate import greedy, polygraphy_json
@@ -82,9 +82,30 @@ def validate(
     sequences, notes = make_sequences(plan.inputs, subject, other, context)
     report = Report(engine, reference, subject.backend, subject.dtype, sum(len(s.tokens) for s in sequences))
     report.layers, report.notes, report.facts = subject.config.num_hidden_layers, notes, subject.facts
-    formats = subject.dtype, other.dtype
     before = len(report.notes)
     is_source = check_files(report, subject, other, allow_other=plan.allow_other_files)
+    if not report.failures:
+        return _compared(report, subject, other, plan, sequences, say, before=before, is_source=is_source)
+    try:
+        return _compared(report, subject, other, plan, sequences, say, before=before, is_source=is_source)
+    except ShuntyardError as error:  # it may well follow from the files, which are what is to be seen first
+        report.checks.append(Check("run: to its end", "no", "yes", False, error.message))
+        return report
+
+
+def _compared(
+    report: Report,
+    subject: Subject,
+    other: Subject,
+    plan: Plan,
+    sequences: list[Sequence],
+    say: Callable[[str], None],
+    *,
+    before: int,
+    is_source: bool,
+) -> Report:
+    """Runs both, and judges; remarks go to place ``before`` of the notes."""
+    formats = subject.dtype, other.dtype
     if not is_source:
         _check_caches(subject, other)
         noise = CODES[max(formats, key=ORDER.index)].noise
@@ -99,7 +120,15 @@ def validate(
         look.run()
         fill_in(report, subject, other, recording, look.prefill, look.walks)
     report.notes += bounds.notes()
+    if not bounds.judges:
+        report.unjudged = NOT_JUDGED
     return report
+
+
+NOT_JUDGED = (
+    "what the recipe costs was measured, and held to nothing: give --tolerances or --baseline, or hold the engine to "
+    "the model directory"
+)
 
 
 def _remarks(subject: Subject, other: Subject, bounds: Bounds, plan: Plan, sequences: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +239,41 @@ def test_a_product_in_fp8_reads_it_on_both_sides() -> None:
             check_precision([QUANTIZER, wrong, EPILOGUE], asked, "bf16")
     with pytest.raises(EngineError, match="no layer of the plan shows that it computes"):
         check_precision([QUANTIZER, EPILOGUE], asked, "bf16")
+    with pytest.raises(EngineError, match="no layer of the plan scales what"):
+        check_precision([QUANTIZER, right], asked, "bf16")
+    second = layer(["bf16"], ["bf16"], "kgen")
+    with pytest.raises(EngineError, match="q_proj was to compute in fp8, but layer 'l'"):
+        check_precision([QUANTIZER, right, EPILOGUE, second], asked, "bf16")
+    for kind in ("conv", "a kind that nobody knows"):
+        with pytest.raises(EngineError, match="q_proj was to compute in fp8"):
+            check_precision([QUANTIZER, layer(["uint8"], ["fp8"], kind), EPILOGUE], asked, "bf16")
+
+
+def test_a_product_shows_its_type_by_what_comes_in() -> None:
+    """fp32 scales of a product of bf16 numbers are no proof of fp32."""
+    router = "model.layers.1.feed_forward.router"
+    asked = {router: Asked("fp32")}
+    check_precision([layer(["fp32"], ["fp32"], origins=(router,))], asked, "bf16")
+    for kind in ("kgen", "gemm"):
+        with pytest.raises(EngineError, match="router"):
+            check_precision([layer(["bf16"], ["bf16", "fp32"], kind, (router,))], asked, "bf16")
+
+
+def test_weights_of_two_modules_may_be_prepared_together() -> None:
+    """TensorRT-RTX 1.7 puts the weights of products of the same inputs into one, whatever they are stored in."""
+    gate, up = (f"model.layers.1.feed_forward.shared_expert.{name}_proj" for name in ("gate", "up"))
+    asked = {gate: Asked("bf16", "fp8"), up: Asked("bf16")}
+    both = layer([], ["bf16", "fp32", "fp8"], "kgen", (gate, up, f"{gate}.weight_dequantized"))
+    product = layer(["bf16"], ["bf16"], origins=(gate, up))
+    check_precision([both, product], asked, "bf16")
+    with pytest.raises(EngineError, match="no layer of the plan shows"):
+        check_precision([both], asked, "bf16")
 
 
 def test_fp8_belongs_to_modules_that_asked_for_it() -> None:
     other = "model.layers.0.self_attn.k_proj"
     asked = {PATH: Asked("fp8", "fp8"), other: Asked("bf16")}
-    layers = [QUANTIZER, layer(["fp8"], ["fp8", "fp32"]), layer(["bf16"], ["bf16"], origins=(other,))]
+    layers = [QUANTIZER, layer(["fp8"], ["fp8", "fp32"]), layer(["bf16"], ["bf16"], origins=(other,)), EPILOGUE]
     check_precision(layers, asked, "bf16")
     stray = Layer("s", "kgen", ["bf16"], [], ["fp8"], ["model.layers.0.node_mul"])
     with pytest.raises(EngineError, match="layer 's' computes in fp8, which nobody asked for"):
@@ -257,14 +287,21 @@ def test_experts_read_as_many_quantised_weights_as_they_have() -> None:
     asked = {path: Asked("fp8", "fp8", 6)}
 
     def plugin(x: str, *constants: str) -> Layer:
-        return layer([x, "fp32", "int32", "int32"], list(constants), "custom_layer", (path,), plugin=EXPERTS.name)
+        rows = [x, "fp32", "int32", "int32"]
+        return Layer("l", "custom_layer", rows, list(constants), [x, "uint8"], [path], plugin=EXPERTS.name)
 
     check_precision([plugin("bf16", *["fp8"] * 6, *["fp32"] * 6)], asked, "bf16")
     for wrong in (plugin("bf16", *["fp8"] * 5), plugin("bf16", *["bf16"] * 6), plugin("fp16", *["fp8"] * 6)):
         with pytest.raises(EngineError, match=EXPERTS.name):
             check_precision([wrong], asked, "bf16")
-    with pytest.raises(EngineError, match="reads fp8"):
-        check_precision([plugin("bf16", "fp8", "fp8")], {path: Asked("bf16", "", 2)}, "bf16")
+    plain = {path: Asked("bf16", "", 2, "bf16")}
+    check_precision([plugin("bf16", "bf16", "bf16")], plain, "bf16")
+    for constants in (("fp8", "fp8"), ("bf16",), ("bf16", "fp16"), ("uint8", "uint8"), ("bf16", "bf16", "fp32")):
+        with pytest.raises(EngineError, match=EXPERTS.name):
+            check_precision([plugin("bf16", *constants)], plain, "bf16")
+    narrower = replace(plugin("bf16", "bf16", "bf16"), outputs=["fp16", "uint8"])
+    with pytest.raises(EngineError, match=EXPERTS.name):
+        check_precision([narrower], plain, "bf16")
 
 
 def test_what_the_experts_say_is_held_to_what_was_asked() -> None:

@@ -297,7 +297,7 @@ def test_precision_is_read_strictly() -> None:
     expected = {"model.layers.0.self_attn.q_proj": Asked("bf16")}
     check_precision(parse(), expected, "bf16")
     check_precision(parse(kind="kgen"), expected, "bf16")
-    for read, kind in (("Float", "gemm"), ("Half", "gemm"), ("FP8", "gemm"), ("Half", "kgen"), ("NewType", "gemm")):
+    for read, kind in (("Float", "gemm"), ("Half", "gemm"), ("FP8", "gemm"), ("Half", "kgen"), ("UInt8", "conv")):
         with pytest.raises(EngineError, match=r"q_proj"):
             check_precision(parse(read, kind), expected, "bf16")
     with pytest.raises(EngineError, match="no layer of the plan shows that it computes"):
@@ -306,6 +306,12 @@ def test_precision_is_read_strictly() -> None:
         check_precision(parse(metadata=""), expected, "bf16")
     with pytest.raises(EngineError, match="computes in fp16, which nobody asked for"):
         check_precision([*parse(), *parse("Half", "kgen", metadata="")], expected, "bf16")
+
+
+def test_types_that_nobody_knows_are_refused() -> None:
+    for read in ("Int8", "FP4", "NewType"):
+        with pytest.raises(EngineError, match=f"a type that is not known: {read}"):
+            parse(read)
 
 
 def test_streams_are_joined_by_layers_that_compute_nothing() -> None:
