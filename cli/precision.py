@@ -152,8 +152,7 @@ def _search(ckpt: Path, asked: dict[str, Any], as_json: bool) -> None:
         )
         return
     click.echo(
-        f"{out}: {best.bytes:,} bytes, {best.bytes / found.baseline.bytes:.1%} of bf16, "
-        f"{bound.shown(best.value)}; plots in {page}"
+        f"{out}: {best.bytes:,} bytes, {best.bytes / found.baseline.bytes:.1%} of bf16, {found.kept()}; plots in {page}"
     )
 
 

@@ -112,6 +112,7 @@ def _properties(report: Report) -> dict[str, str]:
         "dtype": report.dtype,
         "tokens": str(report.tokens),
         "shuntyard": shuntyard.__version__,
+        "verdict": report.verdict,
     }
     if report.culprit:
         out |= {"culprit": report.culprit, "culprit_mode": report.culprit_mode}

@@ -89,6 +89,8 @@ def _header(found: Found, source: Source) -> Iterator[str]:
         f"top-1 agreement {best.outcome.mean_top1:.2%}"
     )
     yield f"#              {best.bytes:,} bytes, {best.bytes / base.bytes:.1%} of bf16's"
+    if found.doubt:
+        yield f"# warning      {found.doubt}"
     if found.shipped():
         yield "#"
         yield "# Shipped recipes on the same text:                  bytes         KL     top-1"

@@ -21,15 +21,19 @@ from shuntyard.engines import lower
 from shuntyard.engines.build import Request, build
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter import storage
+from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.export import export
 from shuntyard.exporter.recipe import read_recipe
 from shuntyard.plugins import functions
 from shuntyard.validate.activations import Activations, rounded
-from shuntyard.validate.bounds import read_overrides
+from shuntyard.validate.bounds import Bounds, read_overrides
 from shuntyard.validate.demo import miniature
+from shuntyard.validate.dequantise import DequantisedCheckpoint
 from shuntyard.validate.graph import GraphStack
 from shuntyard.validate.inputs import Inputs, windows_of
-from shuntyard.validate.page import render
+from shuntyard.validate.judge import _judge_floor
+from shuntyard.validate.outputs import github_annotations, junit_xml
+from shuntyard.validate.page import render, why
 from shuntyard.validate.reference import LayeredReference
 from shuntyard.validate.report import Report
 from shuntyard.validate.stack import Stack
@@ -346,7 +350,10 @@ def engine(made: Made) -> Path:
 
 def test_against_the_original_costs_are_reported(made: Made, engine: Path, tmp_path: Path) -> None:
     report = validate(str(engine), str(made.checkpoint), made.plan)
-    assert report.passed
+    assert report.verdict == "not judged" and not report.passed and not report.failures
+    assert report.as_dict()["verdict"] == "not judged" and 'name="verdict" value="not judged"' in junit_xml(report)
+    assert "not judged: what the recipe costs" in github_annotations(report)[-1]
+    assert "What the recipe costs" in why(report)
     (files,) = [check for check in report.checks if check.name.startswith("files")]
     assert files.name == "files: quantised from the reference's" and files.ok
     for metric in ("mean KL", "top-1 agreement", "perplexity, relative"):
@@ -384,8 +391,51 @@ def test_int4_is_seen_to_be_the_original_s(made: Made, tmp_path: Path) -> None:
     export(made.checkpoint, tmp_path / "model", recipe=own)
     engine = made.engine(tmp_path / "model", tmp_path / "engine")
     report = validate(str(engine), str(made.checkpoint), made.plan)
-    assert report.passed and "files: quantised from the reference's" in {check.name for check in report.checks}
+    assert report.verdict == "not judged" and "files: quantised from the reference's" in {
+        check.name for check in report.checks
+    }
     assert validate(str(engine), str(tmp_path / "model"), made.plan).passed
+
+
+@pytest.mark.parametrize(("own", "scale", "number"), [("fp8", 1e4, 0), ("int4", 1e4, 0x88), ("int4", 1e-9, 0xFF)])
+def test_scales_that_round_everything_are_caught(
+    own: str, scale: float, number: int, made: Made, tmp_path: Path
+) -> None:
+    """All is within half a step of a number where steps are large enough; and of the largest, nothing is too large."""
+    how: dict[str, Any] = {"granularity": "channel"} if own == "fp8" else {"granularity": "group", "group_size": 16}
+    export(made.checkpoint, tmp_path / "model", recipe=recipe(rule("*.experts", weights=own, **how), REST))
+    tensors = open_checkpoint(tmp_path / "model").tensors
+    entry = next(e for n, e in tensors.items() if ".experts." in n and n.endswith("_scale") and "input" not in n)
+    matrix = tensors[entry.name.removesuffix("_scale") if own == "fp8" else entry.name.replace("_scale", "_packed")]
+    kind = np.float32 if own == "fp8" else ml_dtypes.bfloat16
+    with entry.file.open("r+b") as file:
+        file.seek(matrix.offset)
+        file.write(bytes([number]) * matrix.nbytes)
+        file.seek(entry.offset)
+        file.write(np.full(entry.nbytes // np.dtype(kind).itemsize, scale, kind).tobytes())
+    ours, theirs = DequantisedCheckpoint(tmp_path / "model"), DequantisedCheckpoint(made.checkpoint)
+    found = {name: ours.misfit(name, theirs.outer(name)) for name in theirs.shapes}
+    assert sorted(filter(None, found.values())) == ["finer" if number == 0xFF else "coarser"]
+
+
+def test_another_model_is_told_from_a_cost() -> None:
+    report, bounds = Report("e", "r", "b", "fp32", 1), Bounds(("fp32",), alike=False)
+    _judge_floor(report, "prefill", 0.9, 0.3, bounds)
+    assert not report.checks
+    for kl, top1 in ((1.1, 0.9), (0.1, 0.1), (float("nan"), 0.5)):
+        _judge_floor(report, "prefill", kl, top1, bounds)
+    assert len(report.failures) == 3 and "is not this model" in report.failures[0].detail
+    assert report.verdict == "failed"
+
+
+def test_files_that_differ_are_not_hidden_by_what_fails_later(made: Made, tmp_path: Path) -> None:
+    other = write_checkpoint(
+        tmp_path / "other", RAW | {"use_cache": True}, random_weights(parsed(RAW), seed=6, dtype=torch.bfloat16)
+    )
+    engine = made.engine(made.model("static"), tmp_path / "engine")
+    report = validate(str(engine), str(other), Plan(made.plan.inputs))
+    assert [check.name for check in report.failures] == ["files: the same", "run: to its end"]
+    assert "no tensor" in report.failures[1].detail
 
 
 # The rounding itself
@@ -454,4 +504,4 @@ def test_an_fp8_cache_has_no_reference(made: Made, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="caches FP8 numbers in"):
         validate(engine, str(tmp_path / "model"), made.plan)
     report = validate(engine, str(made.checkpoint), made.plan)
-    assert report.passed and any("recipe" in note for note in report.notes)
+    assert report.verdict == "not judged" and any("recipe" in note for note in report.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shuntyard.errors import EngineError, OutputError, UnsupportedError
+from shuntyard.exporter.export import export
 from shuntyard.exporter.recipe import Precision, nbytes, read_recipe, resolve
 from shuntyard.validate import search_recipe
 from shuntyard.validate.demo import miniature
 from shuntyard.validate.inputs import windows_of
 from shuntyard.validate.matrices import Numbers
 from shuntyard.validate.precision_plot import LEVELS, level, render_search, sensitivity_maps
-from shuntyard.validate.search import Found, candidates, check_found, lower_hull, search
+from shuntyard.validate.search import Found, _Search, candidates, check_found, lower_hull, search
 from shuntyard.validate.search_recipe import Source, found_recipe, recipe_text, write_new
 from shuntyard.validate.values import Tokens
 from shuntyard.validate.within import parse_bound
@@ -54,7 +56,7 @@ def found(checkpoint: Path) -> Found:
         (" kl <= 1e-3 ", "kl", 1e-3),
         ("kl<=0", "kl", 0.0),
         ("perplexity<=1%", "perplexity", 0.01),
-        ("perplexity<=-.5%", "perplexity", -0.005),
+        ("perplexity<=.5%", "perplexity", 0.005),
         ("top1>=0.99", "top1", 0.99),
         ("top1 >= 99.5 %", "top1", 0.995),
     ],
@@ -80,6 +82,7 @@ def test_bounds(text: str, metric: str, value: float) -> None:
         ("kl<=1%", "KL is no share"),
         ("perplexity<=12", "by how much it changes, in %"),
         ("kl<=-0.01", "nothing is within it"),
+        ("perplexity<=-1%", "nothing is within it"),
         ("kl<=1e999", "nothing is within it"),
         ("top1>=1.01", "nothing is within it"),
         ("top1>=101%", "nothing is within it"),
@@ -184,10 +187,35 @@ def test_a_recipe_that_is_not_what_was_measured_is_refused(found: Found) -> None
         check_found(found, wrong)
 
 
-def test_a_bound_that_nothing_meets(checkpoint: Path) -> None:
-    with pytest.raises(UnsupportedError, match="none of [0-9]+ recipes that were measured is within it") as caught:
-        search(Numbers(checkpoint), parse_bound("perplexity<=-99%"), WINDOWS, moves=4)
-    assert re.search(r"the nearest has perplexity -[0-9.]+%", caught.value.hint)
+def test_a_fall_of_the_perplexity_is_a_change(checkpoint: Path) -> None:
+    bound = parse_bound("perplexity<=1%")
+    assert bound.holds(-0.01) and not bound.holds(-0.011) and bound.loss(-0.02) > bound.loss(0.01)
+    said: list[str] = []
+    found = search(Numbers(checkpoint), parse_bound("perplexity<=0.01%"), WINDOWS, moves=4, report=said.append)
+    assert abs(found.best.value) <= 1e-4 and ", KL " in found.kept() and found.kept() in said[-1]
+
+
+def test_a_text_too_short_for_the_bound_is_said(found: Found) -> None:
+    base = found.baseline.outcome
+    outcome = replace(
+        base,
+        tokens=np.full(40, 17),
+        nll=np.linspace(1, 2, 40),
+        kl=np.linspace(0, 0.1, 40),
+        top1=np.linspace(0.9, 1, 40),
+    )
+    flat = replace(outcome, nll=np.full(40, 1.5))
+    for narrow, wide in (("perplexity<=50%", "perplexity<=1%"), ("kl<=0.1", "kl<=0.001"), ("top1>=0.9", "top1>=0.999")):
+        assert not parse_bound(narrow).doubt(outcome, flat)
+        assert "wider than" in parse_bound(wide).doubt(outcome, flat)
+    assert "few windows" in parse_bound("kl<=1").doubt(base, base)
+
+
+def test_what_is_stored_as_int4_is_not_tried_as_that(tmp_path: Path) -> None:
+    export(miniature(), tmp_path / "model", recipe=read_recipe("int4-experts"))
+    own = _Search(Numbers(tmp_path / "model"), parse_bound("kl<=1"), WINDOWS, 0, print, lambda done, total: None)
+    assert "int4-experts" not in own._shipped() and "fp8" in own._shipped()
+    assert "is stored in INT4 of these groups already" in own.notes[0]
 
 
 def test_files_appear_whole_and_replace_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,13 @@ def test_a_calibration_of_another_checkpoint_is_refused(checkpoint: Path) -> Non
     other = Calibration.model_validate({**facts, "checkpoint_fingerprint": "0" * 64})
     with pytest.raises(CheckpointError, match="the calibration is of another checkpoint"):
         measure(checkpoint, [recipe("static", static)], WINDOWS, other)
+
+
+def test_a_recipe_equal_to_bf16_has_its_own_row(checkpoint: Path) -> None:
+    bf16 = read_recipe("bf16")
+    mine = resolve(replace(bf16, name="mine"), CONFIG)
+    worths = measure(checkpoint, [mine, resolve(bf16, CONFIG)], WINDOWS)
+    assert [worth.recipe for worth in worths] == ["bf16", "mine"] and worths[1].kl == 0
 
 
 def test_nothing_to_measure_on(checkpoint: Path) -> None:
