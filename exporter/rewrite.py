@@ -227,12 +227,16 @@ class _Run:
         for shard, _ in journal.done:
             self._left[shard] -= 1
         self._scratch: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+        self._ahead: ThreadPoolExecutor
 
     def run(self, workers: int) -> None:
         for _ in range(workers):
             self._scratch.put(Scratch())
         self._progress("", self._done, self._total)
-        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as syncing:
+        # Asking for a range to be read waits where the disk has enough to do, which is no work for a worker.
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(1) as self._ahead:
+            for job in self._jobs[:workers]:
+                self._ahead.submit(prefetch, job.chunk, self._sources)
             waiting: dict[Future[None], _Job | int] = {}
             todo = iter(range(len(self._jobs)))
 
@@ -274,11 +278,8 @@ class _Run:
 
     def _do(self, number: int, descriptor: int, ahead: int) -> None:
         """In a worker: one chunk, from the source to the shard. Meanwhile the system reads for a later one."""
-        if number == 0:
-            for job in self._jobs[:ahead]:
-                prefetch(job.chunk, self._sources)
         if number + ahead < len(self._jobs):
-            prefetch(self._jobs[number + ahead].chunk, self._sources)
+            self._ahead.submit(prefetch, self._jobs[number + ahead].chunk, self._sources)
         chunk = self._jobs[number].chunk
         scratch = self._scratch.get()
         try:
