@@ -47,7 +47,7 @@ class Bound:
         It is where the metric's 95 % interval, over windows, is wider than what the bound leaves.
         """
         if self.metric == "perplexity":
-            found = interval(outcome.nll - baseline.nll, outcome.tokens - 1.0)
+            found = interval(outcome.nll - baseline.nll, (outcome.tokens - 1).astype(np.float64))
             low, high = math.expm1(found.low), math.expm1(found.high)
         else:
             found = interval(outcome.kl if self.metric == "kl" else outcome.top1, outcome.tokens.astype(np.float64))
