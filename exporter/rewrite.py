@@ -234,7 +234,8 @@ class _Run:
             self._scratch.put(Scratch())
         self._progress("", self._done, self._total)
         # Asking for a range to be read waits where the disk has enough to do, which is no work for a worker.
-        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(1) as self._ahead:
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as syncing, ThreadPoolExecutor(1) as ahead:
+            self._ahead = ahead
             for job in self._jobs[:workers]:
                 self._ahead.submit(prefetch, job.chunk, self._sources)
             waiting: dict[Future[None], _Job | int] = {}
