@@ -33,27 +33,36 @@ def import_tensorrt(backend: str) -> Any:
         ) from error
 
 
+def check_gpu(directory: Path, manifest: EngineManifest) -> None:
+    """Whether the GPU at hand, if there is one, is one that the engine at ``directory`` was built for.
+
+    Raises:
+        EngineError: it is not.
+    """
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"{directory}: a {manifest.backend} engine for {manifest.target} needs a GPU, and torch sees none",
+            hint="copy the engine directory to the GPU machine; --backend onnxruntime builds one for the CPU",
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if f"sm{major}{minor}" != manifest.target:
+        raise EngineError(
+            f"{directory}: was built for {manifest.target}, this GPU is sm{major}{minor}",
+            hint=f"build with --gpu sm{major}{minor}",
+        )
+    about = manifest.plugin_build
+    if about is not None and not about.runs_on(manifest.target):
+        raise EngineError(
+            f"{directory}: its plugin library has {about.kernels}, none that runs on {manifest.target}",
+            hint=about.remedy(manifest.target),
+        )
+
+
 class TensorRTRunner(Runner):
     """The KV cache is updated in place: past and present of a layer are the same device memory."""
 
     def __init__(self, directory: Path, manifest: EngineManifest) -> None:
-        if not torch.cuda.is_available():
-            raise EngineError(
-                f"{directory}: a {manifest.backend} engine for {manifest.target} needs a GPU, and torch sees none",
-                hint="copy the engine directory to the GPU machine; --backend onnxruntime builds one for the CPU",
-            )
-        major, minor = torch.cuda.get_device_capability()
-        if f"sm{major}{minor}" != manifest.target:
-            raise EngineError(
-                f"{directory}: was built for {manifest.target}, this GPU is sm{major}{minor}",
-                hint=f"build with --gpu sm{major}{minor}",
-            )
-        about = manifest.plugin_build
-        if about is not None and not about.runs_on(manifest.target):
-            raise EngineError(
-                f"{directory}: its plugin library has {about.kernels}, none that runs on {manifest.target}",
-                hint=about.remedy(manifest.target),
-            )
+        check_gpu(directory, manifest)
         trt = import_tensorrt(manifest.backend)
         self._trt, self._manifest = trt, manifest
         self._logger = trt.Logger(trt.Logger.WARNING)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shuntyard.engines.tensorrt_runner import check_gpu
 from shuntyard.errors import EngineError, NotFiniteError, ShuntyardError, UnsupportedError
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.output import output_directory, refuse_existing
@@ -212,6 +213,8 @@ def _check_possible(subject: Subject, other: Subject, plan: Plan) -> None:
             f"{other.spec}: a TensorRT plan cannot be run layer by layer, as a reference must be",
             hint="hold both engines to the checkpoint, or this one as ENGINE to the other",
         )
+    if subject.manifest is not None and subject.manifest.backend != "onnxruntime":
+        check_gpu(subject.path, subject.manifest)  # now, and not after the reference has run
     if (plan.polygraphy_save or plan.polygraphy_load) and subject.kind not in ("engine", "graph"):
         raise UnsupportedError(f"{subject.spec}: Polygraphy runs engines and graphs", hint="give ENGINE or graph:MODEL")
     if plan.polygraphy_load and subject.manifest is None:
