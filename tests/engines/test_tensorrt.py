@@ -21,7 +21,7 @@ from shuntyard.engines.manifest import load_manifest, verify_files
 from shuntyard.engines.proof import Asked, check_plugins, check_precision
 from shuntyard.errors import EngineError, ShuntyardError, UnsupportedError
 from shuntyard.exporter.export import export
-from shuntyard.plugins.contract import PLUGINS
+from shuntyard.plugins.contract import EXPERTS, PLUGINS
 from shuntyard.plugins.library import BuildInfo
 from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint
 
@@ -58,8 +58,11 @@ def test_the_layer_table_names_the_three_plugins(engine: Path) -> None:
 
 
 def asked(precision: dict[str, str]) -> dict[str, Asked]:
-    """A manifest's precision, of plain weights, as it was asked for."""
-    return {path: Asked(compute) for path, compute in precision.items()}
+    """A manifest's precision, of plain weights in fp32 and fused experts, as it was asked for."""
+    experts = [path for path in precision if path.endswith(EXPERTS.name)]
+    return {path: Asked(compute) for path, compute in precision.items()} | {
+        path: Asked(precision[path], "", 2, "fp32") for path in experts
+    }
 
 
 def test_each_product_is_in_its_type(engine: Path) -> None:
