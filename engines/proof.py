@@ -238,8 +238,8 @@ def _shows_fp8(layer: Layer, path: str, activations: set[str], weights: set[str]
     multiplies = layer.kind not in _MIXED or (activations == {"fp8"} and "fp8" in weights)
     if multiplies and (strange or activations != {"fp8"} or "fp8" not in weights or weights - {"fp8", "fp32"}):
         raise _wrong(layer, path, "fp8", activations | weights | strange)
-    # What scales and rounds behind the product has no weight of the engine's type, but where a norm that follows is fused
-    # with it: then nodes of others are in the layer, too. Else it would be a second product's.
+    # What scales and rounds behind the product has no weight of the engine's type, but where a norm that follows is
+    # fused with it: then nodes of others are in the layer, too. Else it would be a second product's.
     alone = all(_belongs(origin, [path]) for origin in layer.origins)
     others = {"fp32", "fp8"} | (set() if alone else {dtype})
     if not multiplies and (activations - {"fp32", "fp8", dtype} or weights - others):
