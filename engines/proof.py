@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from shuntyard.engines.layer_table import MIXED_KINDS, Layer, join
+from shuntyard.engines.layer_table import Layer, join
 from shuntyard.errors import EngineError
 from shuntyard.exporter.modules import EXPERTS as EXPERTS_MODULE
 from shuntyard.exporter.precision import ModulePrecision
@@ -28,14 +28,10 @@ _FLOATS = frozenset({"fp32", "fp16", "bf16", "fp8", "int4"})
 ROUTER = "feed_forward.router"
 """The product that computes in fp32 whatever the engine's type is."""
 
-_PATHS = {CACHED_ATTENTION.name: "self_attn.attention", **{op.name: op.name for op in PLUGINS}}
-"""What is no product, and where it is found in a layer."""
 
-_QUANTISED = frozenset({"fp8", "int4", "uint8"})
-"""Types of constants that only a module may hold whose weights are stored so."""
-
-_NO_FACTORS = frozenset({"int64", "bool"})
-"""Types of positions and masks: a constant of theirs is no weight."""
+_MIXED = frozenset({"kgen", "runtime_fusion", "cast", "reshape", "shape_call", "signal", "wait"})
+"""Kinds of layers that do other things beside a product, or none. Every other kind, known or not, is taken for one and
+held to it as a ``gemm`` is."""
 
 
 class Asked(NamedTuple):
@@ -69,14 +65,15 @@ def expected_precision(model: ir.Model, dtype: str, modules: Mapping[str, Module
         EngineError: the graph has no product of a module whose precision was asked for, or one of a module that nobody
             knows.
     """
+    paths = {CACHED_ATTENTION.name: "self_attn.attention", **{op.name: op.name for op in PLUGINS}}
     inside = {
         function.name: [
-            (_PATHS.get(op_of(node.op_type), str(node.name)), node)
+            (paths.get(op_of(node.op_type), str(node.name)), node)
             for node in function
-            if node.op_type == "MatMul" or op_of(node.op_type) in _PATHS
+            if node.op_type == "MatMul" or op_of(node.op_type) in paths
         ]
         for function in model.functions.values()
-        if op_of(function.name) not in _PATHS
+        if op_of(function.name) not in paths
     }
     left = {name for name in modules if name != "model.embed_tokens"}
     found = {}
@@ -152,33 +149,29 @@ def check_experts(said: Mapping[str, set[str]], modules: Mapping[str, ModulePrec
 def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: str) -> None:
     """Holds what the plan computes in to what was asked, in an engine of ``dtype``.
 
-    Every attention and plugin of the graph must be found in the plan, in layers that read its type, and every product
-    in exactly one layer that reads its type and, beside it, weights of its type or as they are stored. What is fused
-    with it may read fp32 (a norm, scales), but a plain ``gemm`` or a plugin must not. A product of e4m3 numbers must
-    read them on both sides, and nothing else but scales; what rounds to them before, and scales and rounds behind it,
-    bears its name too. What lies between modules (norms, rotation, residuals) may be of the engine's type or fp32.
-
-    What a kernel does within is not seen: in what it adds up, or to what it rounds between its inputs and its outputs.
+    Every product, attention and plugin of the graph must be found in the plan, in layers that read its type; such a
+    layer may read fp32 beside it (a norm that is fused with it, the scales of a product), but a plain ``gemm`` or a
+    plugin must not. A product of e4m3 numbers must read them on both sides, and nothing else but scales; what rounds to
+    them before, and scales and rounds behind it, bears its name too. What lies between modules (norms, rotation,
+    residuals) may be of the engine's type or fp32.
 
     Raises:
-        EngineError: a node is in another type, or cannot be found in the plan, or is found twice.
+        EngineError: a node is in another type, or cannot be found in the plan.
     """
-    found: Counter[str] = Counter()
+    found = dict.fromkeys(expected, False)
     kept: set[str] = set()
     finished = {origin.rsplit(".", 1)[0] for layer in layers for origin in layer.origins if origin.endswith(_BEHIND)}
     for layer in layers:
-        own = _modules(layer) & expected.keys()
+        own = {origin.split(".weight", 1)[0] for origin in layer.origins} & expected.keys()
         stored = {expected[module].stored for module in own}
         for path in expected.keys() & set(layer.origins):
-            found[path] += _shows(layer, path, expected[path], dtype, stored)
+            found[path] |= _shows(layer, path, expected[path], dtype, stored)
         kept |= {module for module in own if expected[module].stored in layer.constants}
-    for path, asked in expected.items():
-        if not found[path]:
+    for path, is_there in found.items():
+        if not is_there:
+            asked = expected[path]
             raise EngineError(f"no layer of the plan shows that it computes {path} in {asked.compute}", hint=NOT_ASKED)
-        if found[path] > 1 and _is_product(path):
-            raise EngineError(
-                f"{found[path]} layers of the plan compute {path}, which the graph has once", hint=NOT_ASKED
-            )
+    for path, asked in expected.items():
         # A call and its product may share a name, which their nodes then have twice.
         if asked.compute == "fp8" and not asked.copies and not {path, f"{path}.{path}"} & finished:
             raise EngineError(f"no layer of the plan scales what {path} computes in fp8", hint=NOT_ASKED)
@@ -189,10 +182,7 @@ def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: s
     for layer in layers:
         others = {t for t in (*layer.inputs, *layer.outputs) if t in _FLOATS} - plain
         if others == {"fp8"} and any(_belongs(origin, in_fp8) for origin in layer.origins):
-            others = set()
-        if not layer.plugin:  # theirs are a work space, and packed weights
-            others |= {"uint8"} & {*layer.inputs, *layer.outputs}
-            others |= _QUANTISED & {*layer.constants} - {expected[m].stored for m in _modules(layer) & expected.keys()}
+            continue
         if others:
             names = ", ".join(sorted(others))
             raise EngineError(f"layer '{layer.name}' computes in {names}, which nobody asked for", hint=NOT_ASKED)
@@ -200,15 +190,6 @@ def check_precision(layers: list[Layer], expected: Mapping[str, Asked], dtype: s
 
 _BEHIND = (".scale", ".rounded")
 """What a product of e4m3 numbers has behind it (``exporter/storage.py``)."""
-
-
-def _modules(layer: Layer) -> set[str]:
-    """The modules that a layer computes, or prepares the weights of."""
-    return {origin.split(".weight", 1)[0] for origin in layer.origins}
-
-
-def _is_product(path: str) -> bool:
-    return not path.endswith(tuple(_PATHS.values()))
 
 
 def _belongs(origin: str, modules: Iterable[str]) -> bool:
@@ -230,23 +211,14 @@ def _shows(layer: Layer, path: str, asked: Asked, dtype: str, stored: set[str]) 
         return _shows_fp8(layer, path, activations, weights, dtype)
     if layer.plugin == SCATTER_ADD.name:
         activations, weights = {layer.inputs[0]}, set()
-    is_gemm = layer.kind not in MIXED_KINDS and not layer.plugin
-    factors = _factors(layer, asked.compute)
-    multiplies = is_gemm or bool(layer.inputs and factors)
-    strange = {*layer.inputs, *layer.constants} - _FLOATS if is_gemm else set()
-    allowed = {asked.compute} if is_gemm or layer.plugin else {asked.compute, dtype, "fp32"}
+    is_product = layer.kind not in _MIXED and not layer.plugin
+    strange = {*layer.inputs, *layer.constants} - _FLOATS if is_product else set()
+    allowed = {asked.compute} if is_product or layer.plugin else {asked.compute, dtype, "fp32"}
     # A layer that only prepares weights may do so for several products that are computed as one.
-    quantised = {asked.stored} if multiplies else stored
-    if multiplies:
-        strange |= factors - {asked.compute, asked.stored}
+    quantised = {asked.stored} if is_product else stored
     if strange or activations - allowed or weights - {asked.compute, "fp32", *quantised}:
         raise _wrong(layer, path, asked.compute, activations | weights | strange)
-    return asked.compute in activations and (multiplies or not _is_product(path))
-
-
-def _factors(layer: Layer, compute: str) -> set[str]:
-    """Types of constants that a product in ``compute`` can have as its weights: fp32 ones may be the rotation's."""
-    return {*layer.matrices} - _NO_FACTORS - ({"fp32"} if compute != "fp32" else set())
+    return asked.compute in activations
 
 
 def _wrong(layer: Layer, path: str, compute: str, read: Iterable[str]) -> EngineError:
@@ -263,10 +235,7 @@ def _wrong(layer: Layer, path: str, compute: str, read: Iterable[str]) -> Engine
 def _shows_fp8(layer: Layer, path: str, activations: set[str], weights: set[str], dtype: str) -> bool:
     """A product of e4m3 numbers: a layer that reads them as inputs and as constants."""
     strange = {*layer.inputs, *layer.constants} - _FLOATS
-    # Any matrix may be the weights of a second product.
-    multiplies = (
-        layer.kind not in MIXED_KINDS or bool(_factors(layer, "fp8")) or (activations == {"fp8"} and "fp8" in weights)
-    )
+    multiplies = layer.kind not in _MIXED or (activations == {"fp8"} and "fp8" in weights)
     if multiplies and (strange or activations != {"fp8"} or "fp8" not in weights or weights - {"fp8", "fp32"}):
         raise _wrong(layer, path, "fp8", activations | weights | strange)
     # What scales and rounds behind the product has no weight of the engine's type, but where a norm that follows is
@@ -280,8 +249,6 @@ def _shows_fp8(layer: Layer, path: str, activations: set[str], weights: set[str]
 
 _GIVEN_AS = {"fp8": "fp8", "int4": "int32"}
 """How the experts' plugin is given quantised weights: packed INT4 as int32."""
-
-_SCALES = frozenset({"fp32", "fp16", "bf16"})
 
 
 def _shows_experts(layer: Layer, path: str, asked: Asked, dtype: str) -> bool:
@@ -300,8 +267,6 @@ def _shows_experts(layer: Layer, path: str, asked: Asked, dtype: str) -> bool:
             + (", ".join(f"{count} {name}" for name, count in sorted(given.items())) or "none"),
             hint=NOT_ASKED,
         )
-    if asked.stored and (strange := given.keys() - {_GIVEN_AS[asked.stored], *_SCALES}):
-        raise _wrong(layer, path, own, strange)
     if not asked.stored and given != {asked.plain: asked.copies}:
         raise _wrong(layer, path, own, given)
     return True

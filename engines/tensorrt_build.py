@@ -135,10 +135,7 @@ def build_plan(
         _run_child(work, job, trt, report)
     log = (directory / LOG_NAME).read_text(encoding="utf-8", errors="replace")
     try:
-        given, made = (
-            [str(value.name) for value in own] for own in (opened.model.graph.inputs, opened.model.graph.outputs)
-        )
-        layers = layer_table.parse_tensorrt_log(log, given, made)
+        layers = layer_table.parse_tensorrt_log(log)
         plugins = proof.check_plugins(layers, expected)
         proof.check_precision(layers, precision, dtype)
         proof.check_experts(layer_table.experts_activations(log), opened.manifest.precision)

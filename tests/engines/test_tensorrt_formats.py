@@ -86,15 +86,15 @@ def test_int4_is_the_same_number_in_two_notations(tmp_path: Path) -> None:
 
 def test_quantised_weights_are_allowed_where_they_are_stored_and_nowhere_else() -> None:
     path = "model.layers.0.self_attn.q_proj"
-    layer = Layer("fused", "runtime_fusion", ["bf16"], ["fp8", "fp32"], ["bf16"], [path], matrices=["fp8"])
+    layer = Layer("fused", "runtime_fusion", ["bf16"], ["fp8", "fp32"], ["bf16"], [path])
     check_precision([layer], {path: Asked("bf16", "fp8")}, "bf16")
     for stored in ("", "int4"):
         with pytest.raises(EngineError, match="was to compute in bf16, but layer 'fused'"):
             check_precision([layer], {path: Asked("bf16", stored)}, "bf16")
-    plain = Layer("fused", "runtime_fusion", ["bf16"], ["bf16"], ["bf16"], [path], matrices=["bf16"])
+    plain = Layer("fused", "runtime_fusion", ["bf16"], ["bf16"], ["bf16"], [path])
     with pytest.raises(EngineError, match=f"no layer of the plan holds the weight of {path} in fp8"):
         check_precision([plain], {path: Asked("bf16", "fp8")}, "bf16")
-    activations = Layer("fused", "runtime_fusion", ["bf16", "fp8"], ["fp8"], ["bf16"], [path], matrices=["fp8"])
+    activations = Layer("fused", "runtime_fusion", ["bf16", "fp8"], ["fp8"], ["bf16"], [path])
     with pytest.raises(EngineError, match="was to compute in bf16, but layer 'fused'"):
         check_precision([activations], {path: Asked("bf16", "fp8")}, "bf16")
 
