@@ -17,24 +17,33 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import timing
-from bench.rewrite import EXPERT_BYTES, HIDDEN, INNER, prepare, summary, values_of, write_source
+from bench.rewrite import (
+    EXPERT_BYTES,
+    HIDDEN,
+    INNER,
+    in_turns,
+    peak_bytes,
+    print_table,
+    summary,
+    values_of,
+    write_source,
+)
+from bench.rewrite import run as run_script
 from shuntyard.exporter import quantise_native, quantise_stream
 from shuntyard.exporter.quantise import quantise_matrix
 from shuntyard.exporter.resumable import resumable_directory, sync
@@ -136,18 +145,12 @@ def child(what: str, source: Path, out: Path, workers: int, made_by: str) -> Non
         with resumable_directory(out, request_key(targets, "")) as place:
             rewrite(targets, place, source_fingerprint="", workers=workers)
     seconds, cpu = time.perf_counter() - begin, sum(os.times()[:2]) - cpu
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes()}))
 
 
 def run(what: str, source: Path, out: Path, cache: str, workers: int, made_by: str) -> dict[str, float]:
     """One measurement."""
-    prepare(source, out, cache)
-    command = [sys.executable, __file__, "--child", what, "--workers", str(workers), "--work", str(source.parent)]
-    done = subprocess.run([*command, "--made-by", made_by], stdout=subprocess.PIPE, text=True, check=True)
-    measured: dict[str, float] = json.loads(done.stdout)
-    moved = source.stat().st_size + sum(p.stat().st_size for p in out.iterdir())
-    return {**measured, "bytes": moved, "bytes_per_second": moved / measured["seconds"]}
+    return run_script(what, source, out, cache, workers, __file__, ["--made-by", made_by])
 
 
 def check(what: str, source: Path, out: Path) -> None:
@@ -199,11 +202,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = [*copies, *args.forms]
     results: dict[str, Any] = {}
     for cache in args.cache:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for i in range(args.rounds):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
-                runs[name].append(run(name, source, out, cache, args.workers, args.made_by))
+        one = partial(run, source=source, out=out, cache=cache, workers=args.workers, made_by=args.made_by)
+        runs = in_turns(names, args.rounds, one)
         of = {name: name if name in COPIES else next(c for c, f in COPIES.items() if (f == "int4") == ("int4" in name))
               for name in names}  # fmt: skip
         results[cache] = {name: summary(runs[name], runs[of[name]]) for name in names}
@@ -217,22 +217,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": threads,
         "results": results,
     }
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Medians and quartiles on stdout."""
-    source = result["source"]
-    title = f"{source['experts']} experts of {HIDDEN} x {INNER}, {source['bytes'] / 1e9:.2f} GB of bf16"
-    caption = "median (quartiles); GB/s of bytes read and written; share of the copy in the same round"
-    table = Table(title=title, caption=caption)
-    for column in ("source", "", "s", "GB/s", "share of copy", "CPU s", "peak MB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for cache, rows in result["results"].items():
-        for name, row in rows.items():
-            rate = {key: value / 1e9 for key, value in row["bytes_per_second"].items()}
-            shown = [timing.shown(part) for part in (row["seconds"], rate, row["share_of_copy"], row["cpu_seconds"])]
-            table.add_row(cache, name, *shown, f"{row['peak_bytes'] / 1e6:.0f}")
-    Console(width=140).print(table)
 
 
 def main() -> None:
@@ -253,7 +237,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.work, prefix="quantise-") as folder:
         result = measure(args, Path(folder))
-    print_table(result)
+    print_table(result, width=140)
     timing.write_json(args.json, result)
     failed = False
     for name, own in result["threads"].items():

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,12 @@ def child(what: str, source: Path, out: Path, workers: int) -> None:
     begin = time.perf_counter()
     work(what, source, out, workers)
     seconds = time.perf_counter() - begin
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    print(json.dumps({"seconds": seconds, "cpu_seconds": sum(os.times()[:2]), "peak_bytes": peak}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": sum(os.times()[:2]), "peak_bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """The most memory of this process that was resident."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def prepare(source: Path, out: Path, cache: str) -> None:
@@ -128,10 +133,12 @@ def prepare(source: Path, out: Path, cache: str) -> None:
                 pass
 
 
-def run(what: str, source: Path, out: Path, cache: str, workers: int) -> dict[str, float]:
-    """One measurement."""
+def run(
+    what: str, source: Path, out: Path, cache: str, workers: int, script: str = __file__, more: Sequence[str] = ()
+) -> dict[str, float]:
+    """One measurement, in a process of its own: ``script --child`` with ``more`` arguments."""
     prepare(source, out, cache)
-    command = [sys.executable, __file__, "--child", what, "--workers", str(workers), "--work", str(source.parent)]
+    command = [sys.executable, script, "--child", what, "--workers", str(workers), "--work", str(source.parent), *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, float] = json.loads(done.stdout)
     moved = source.stat().st_size + sum(p.stat().st_size for p in out.iterdir())
@@ -164,6 +171,18 @@ def check(what: str, source: Path, out: Path) -> None:
                 raise ValueError(f"{what}: a matrix of expert {e} differs")
 
 
+def in_turns(
+    names: list[str], rounds: int, measure_one: Callable[[str], dict[str, float]]
+) -> dict[str, list[dict[str, float]]]:
+    """Each contender once a round, another one first in each."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            runs[name].append(measure_one(name))
+    return runs
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All contenders in turns, cold and warm."""
     experts = max(1, round(args.bytes / EXPERT_BYTES))
@@ -176,11 +195,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         check(what, source, out)
     results = {}
     for cache in args.cache:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for i in range(args.rounds):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
-                runs[name].append(run(name, source, out, cache, args.workers))
+        runs = in_turns(names, args.rounds, partial(run, source=source, out=out, cache=cache, workers=args.workers))
         results[cache] = {name: summary(runs[name], runs["copy"]) for name in names}
     shutil.rmtree(out)
     return {
@@ -209,7 +224,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: dict[str, Any], width: int = 130) -> None:
     """Medians and quartiles on stdout."""
     source = result["source"]
     title = f"{source['experts']} experts of {HIDDEN} x {INNER}, {source['bytes'] / 1e9:.2f} GB of bf16"
@@ -222,7 +237,7 @@ def print_table(result: dict[str, Any]) -> None:
             rate = {key: value / 1e9 for key, value in row["bytes_per_second"].items()}
             shown = [timing.shown(part) for part in (row["seconds"], rate, row["share_of_copy"], row["cpu_seconds"])]
             table.add_row(cache, name, *shown, f"{row['peak_bytes'] / 1e6:.0f}")
-    Console(width=130).print(table)
+    Console(width=width).print(table)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from shuntyard.cli.console import PATH, emit, one_line, progress, say, stdout, warn
 
 if TYPE_CHECKING:
+    from shuntyard.exporter.config import Llama4Config
     from shuntyard.exporter.recipe_table import RecipeTable, Row
 
 
@@ -73,12 +74,10 @@ def _check_options(asked: dict[str, Any], recipes: tuple[str, ...]) -> None:
             raise click.UsageError(f"--{name.replace('_', '-')} goes with --measure")
 
 
-def _windows(ckpt: Path, asked: dict[str, Any]) -> tuple[str, list[Any]]:
+def _windows(ckpt: Path, config: Llama4Config, asked: dict[str, Any]) -> tuple[str, list[Any]]:
     """The text's SHA-256 and its windows of tokens."""
-    from shuntyard.exporter.config_file import load_config_file
     from shuntyard.validate.inputs import windows_of
 
-    config = load_config_file(ckpt / "config.json").text
     found = windows_of(asked["text"], ckpt, config, asked["windows"], asked["length"], warn)
     sha256 = hashlib.sha256(asked["text"].read_bytes()).hexdigest()
     return sha256, [sequence.tokens for sequence in found]
@@ -96,7 +95,7 @@ def _measure(ckpt: Path, recipes: tuple[str, ...], asked: dict[str, Any], as_jso
     wanted = [read_recipe(name) for name in recipes or SHIPPED]
     if asked["group_sizes"]:
         wanted += group_size_recipes(config)
-    _, windows = _windows(ckpt, asked)
+    _, windows = _windows(ckpt, config, asked)
     with progress() as update:
         worths = measure(
             ckpt,
@@ -119,10 +118,10 @@ def _measure(ckpt: Path, recipes: tuple[str, ...], asked: dict[str, Any], as_jso
 
 def _search(ckpt: Path, asked: dict[str, Any], as_json: bool) -> None:
     from shuntyard.validate.matrices import Numbers
-    from shuntyard.validate.outputs import check_place
+    from shuntyard.validate.outputs import check_place, write_new
     from shuntyard.validate.precision_plot import render_search
     from shuntyard.validate.search import search
-    from shuntyard.validate.search_recipe import Source, found_recipe, write_new
+    from shuntyard.validate.search_recipe import Source, found_recipe
     from shuntyard.validate.within import parse_bound
 
     bound, out = parse_bound(asked["within"]), asked["out"]
@@ -130,7 +129,7 @@ def _search(ckpt: Path, asked: dict[str, Any], as_json: bool) -> None:
     for place in (out, page):
         check_place(place)
     numbers = Numbers(ckpt)
-    sha256, windows = _windows(ckpt, asked)
+    sha256, windows = _windows(ckpt, numbers.config, asked)
     with progress() as update:
         found = search(numbers, bound, windows, report=say, progress=lambda done, total: update("layers", done, total))
     source = Source(ckpt.absolute().name, numbers.checkpoint.fingerprint, asked["text"].name, sha256)
@@ -196,32 +195,29 @@ def grouped(
     rows: Iterable[R], module_of: Callable[[R], str], same: Callable[[R], Any], every: bool
 ) -> list[tuple[str, list[R]]]:
     """Rows of modules in whatever layers that are the ``same``, under one name."""
+    from shuntyard.exporter.modules import split_name
+
     rows = list(rows)
     if every:
         return [(module_of(row), [row]) for row in rows]
     kinds: dict[Any, set[Any]] = defaultdict(set)  # what the modules of a layer are that could share a row
     for row in rows:
-        layer, part = _split(module_of(row))
+        layer, part = split_name(module_of(row))
         kinds[layer, _alike(part)].add(same(row))
     groups: dict[Any, list[R]] = defaultdict(list)
     for row in rows:
-        layer, part = _split(module_of(row))
+        layer, part = split_name(module_of(row))
         name = _alike(part) if len(kinds[layer, _alike(part)]) == 1 else part
         groups[name.removeprefix("feed_forward.") if "shared" in name else name, same(row)].append(row)
     return [(name, own) for (name, _), own in groups.items()]
 
 
-def _split(module: str) -> tuple[int | None, str]:
-    """The layer, and the name within it."""
-    parts = module.split(".", 3)
-    return (int(parts[2]), parts[3]) if parts[:2] == ["model", "layers"] else (None, module)
-
-
 def layers_of(modules: Iterable[str]) -> str:
     """The layers of some modules, in words."""
+    from shuntyard.exporter.modules import split_name
     from shuntyard.exporter.recipe_table import layers_in_words
 
-    return layers_in_words(sorted({layer for layer, _ in map(_split, modules) if layer is not None}))
+    return layers_in_words(sorted({layer for layer, _ in map(split_name, modules) if layer is not None}))
 
 
 def _alike(part: str) -> str:

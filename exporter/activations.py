@@ -14,12 +14,10 @@ from dataclasses import replace
 
 from shuntyard.errors import CheckpointError, UnsupportedError
 from shuntyard.exporter.checkpoint import TEXT_PREFIX, Checkpoint
+from shuntyard.exporter.quantise import LEAST_SCALE
 from shuntyard.exporter.quantization import Quantization
 from shuntyard.exporter.safetensors_header import TensorEntry, read_values
 from shuntyard.exporter.weights import WEIGHT_DTYPES, Experts, Stored, Weights
-
-LEAST_SCALE = 2.0**-126
-"""The smallest normal number: of less, few bits are left, and a quotient by it overflows."""
 
 _NOT_ASKED = "export without --recipe: activations are then left as they are"
 
@@ -127,9 +125,19 @@ def _check_scale(entry: TensorEntry) -> None:
             "a KV cache is one number",
             hint=_NOT_ASKED,
         )
+    scale_value(entry)
+
+
+def scale_value(entry: TensorEntry) -> float:
+    """The number that a scale of activations or of a KV cache is.
+
+    Raises:
+        CheckpointError: it is not positive, not finite, or too small to divide by.
+    """
     value = float(read_values(entry).reshape(-1)[0])
     if not LEAST_SCALE <= value < math.inf:
         raise CheckpointError(
-            f"{entry.file}: tensor '{entry.name}' holds {value}: a scale for activations is a positive, normal number",
+            f"{entry.file}: tensor '{entry.name}' holds {value}: a scale is a positive, normal number",
             hint="the checkpoint is damaged, or was not calibrated",
         )
+    return value

@@ -15,12 +15,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter.checkpoint import Checkpoint
 from shuntyard.exporter.config import explain
+from shuntyard.exporter.quantise import LEAST_SCALE
 from shuntyard.exporter.strict_json import read_json
+from shuntyard.plugins.contract import LARGEST_CODE
 
-LARGEST_CODE = 448.0
-"""Of e4m3fn: a scale is ``clip / 448``."""
-
-LEAST_CLIP = LARGEST_CODE * 2.0**-126
+LEAST_CLIP = LARGEST_CODE * float(LEAST_SCALE)
 """Of a smaller one the scale is no normal number of fp32, and what is divided by it overflows."""
 
 HINT = "shuntyard calibrate the checkpoint again"

@@ -29,8 +29,8 @@ from shuntyard.exporter.model import RotaryTable
 from shuntyard.exporter.output import link_or_copy, output_directory, refuse_existing
 from shuntyard.exporter.precision import ModulePrecision, differences, precision_of, products_of
 from shuntyard.exporter.quantization import HF_QUANT_CONFIG
-from shuntyard.exporter.recipe import Recipe, Resolved, resolve
-from shuntyard.exporter.relayout import AS_STORED, Relayout, new_config, plain_config, targets
+from shuntyard.exporter.recipe import PLAIN, Recipe, Resolved, resolve
+from shuntyard.exporter.relayout import AS_STORED, CONFIG_DTYPES, Relayout, new_config, plain_config, targets
 from shuntyard.exporter.requantise import carry_out, quantised_config
 from shuntyard.exporter.resumable import resumable_directory
 from shuntyard.exporter.rewrite import Target, request_key, rewrite
@@ -266,8 +266,9 @@ class _Asked:
 
     def _resolved_config(self, resolved: Resolved) -> str:
         text = plain_config(self._checkpoint.path)
-        if len(resolved.plain_types) == 1:
-            (text["dtype"],) = resolved.plain_types
+        plain = {own.weights for own in resolved.precision.values() if own.weights in PLAIN}
+        if len(plain) == 1:
+            text["dtype"] = CONFIG_DTYPES[plain.pop()]
         if self._section is not None:
             text["quantization_config"] = self._section
         return json.dumps(text, indent=2) + "\n"

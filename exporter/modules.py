@@ -63,6 +63,12 @@ def modules(config: Llama4Config) -> Iterator[Module]:
         yield Module("lm_head", "linear", None, (vocabulary,))
 
 
+def split_name(name: str) -> tuple[int | None, str]:
+    """The layer of a module and its name within it; None and its own name, where it is of no layer."""
+    parts = name.split(".", 3)
+    return (int(parts[2]), parts[3]) if parts[:2] == ["model", "layers"] else (None, name)
+
+
 def attentions(config: Llama4Config) -> list[str]:
     """The modules that hold a KV cache: ``model.layers.N.self_attn``."""
     return [f"model.layers.{i}.self_attn" for i in range(config.num_hidden_layers)]

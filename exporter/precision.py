@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import EXPERTS, modules
 from shuntyard.exporter.recipe import PLAIN, STORED, Precision, Resolved
+from shuntyard.exporter.relayout import DTYPES
 from shuntyard.exporter.weights import Stored, Weights
 
 EMBEDDING = "model.embed_tokens"
 
-_PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_PLAIN = {stored: name for name, stored in DTYPES.items()}
 _ACTIVATIONS = {"none": "none", "static": "fp8-static", "dynamic": "fp8-dynamic"}
 
 

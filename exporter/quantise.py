@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuntyard.exporter.rewrite_request import Quantize
+from shuntyard.plugins.contract import LARGEST_CODE
 
-LARGEST_FP8 = np.float32(448)
+LARGEST_FP8 = np.float32(LARGEST_CODE)
 
 LEAST_SCALE = np.float32(2.0**-126)
 

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shuntyard.errors import UnsupportedError
 from shuntyard.exporter.config import Llama4Config, brief
-from shuntyard.exporter.modules import Module, attentions, modules
+from shuntyard.exporter.modules import Module, attentions, modules, split_name
 
 STORED = "stored"
 """The recipe without rules: as the checkpoint stores and declares it, activations too."""
@@ -157,11 +157,6 @@ class Resolved:
         return static + [name for name, kind in self.kv_cache.items() if kind == "fp8"]
 
     @property
-    def rewrites(self) -> bool:
-        """Whether any weight is asked for in a type."""
-        return any(own.weights != STORED for own in self.precision.values())
-
-    @property
     def quantises_nothing(self) -> bool:
         """Whether rules ask for FP8 or INT4, and no module of this model becomes it."""
         asked = any(rule.weights in ("fp8", "int4") for rule in self.recipe.rules)
@@ -171,12 +166,6 @@ class Resolved:
     def is_tied(self) -> bool:
         """Whether the head multiplies with the embedding."""
         return all(module.name != "lm_head" for module in self.modules)
-
-    @property
-    def plain_types(self) -> set[str]:
-        """The types of the modules that rules make plain, as ``config.json`` calls them."""
-        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        return {names[own.weights] for own in self.precision.values() if own.weights in PLAIN}
 
 
 def read_recipe(name: str | Path) -> Recipe:
@@ -310,11 +299,9 @@ def resolve(recipe: Recipe, config: Llama4Config) -> Resolved:
 
 def _names(name: str, layers: int) -> tuple[str, ...]:
     """A module's names: its own, and that with ``first`` or ``last`` in place of its layer's number."""
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"]:
-        return (name,)
-    words = [word for word, layer in (("first", 0), ("last", layers - 1)) if int(parts[2]) == layer]
-    return (name, *(".".join((*parts[:2], word, *parts[3:])) for word in words))
+    layer, part = split_name(name)
+    words = [word for word, number in (("first", 0), ("last", layers - 1)) if layer == number]
+    return (name, *(f"model.layers.{word}.{part}" for word in words))
 
 
 def _check_groups(recipe: Recipe, number: int, precision: Precision, module: Module) -> None:

@@ -28,11 +28,6 @@ class Row:
     bytes_stored: int
     nbytes: int
 
-    @property
-    def part(self) -> str:
-        """The module's name within its layer."""
-        return self.module if self.layer is None else self.module.split(".", 3)[3]
-
 
 @dataclass(frozen=True)
 class RecipeTable:

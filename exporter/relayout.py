@@ -19,7 +19,7 @@ from shuntyard.exporter.strict_json import read_json
 from shuntyard.exporter.weights import EXPERT_PARTS, Experts, Stored, Weights
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_CONFIG_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+CONFIG_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 LAYOUTS = ("fused", "linear")
 
 
@@ -133,7 +133,7 @@ def new_config(checkpoint: Path, asked: Relayout) -> str:
     """``config.json`` of the new checkpoint: the text model's, without a quantisation, of the new type."""
     text = plain_config(checkpoint)
     if asked.weights is not None:
-        text["dtype"] = _CONFIG_DTYPES[asked.weights]
+        text["dtype"] = CONFIG_DTYPES[asked.weights]
     return json.dumps(text, indent=2) + "\n"
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from shuntyard.errors import CheckpointError, UnsupportedError
-from shuntyard.exporter.activations import LEAST_SCALE
+from shuntyard.errors import UnsupportedError
+from shuntyard.exporter.activations import scale_value
 from shuntyard.exporter.calibration import Calibration
 from shuntyard.exporter.checkpoint import Checkpoint
 from shuntyard.exporter.modules import EXPERTS, Module
@@ -53,22 +53,7 @@ def carry_out(
         UnsupportedError: a module cannot become what is asked of it, or needs a calibration that is not given.
         CheckpointError: the calibration is of another checkpoint, or lacks a module.
     """
-    if calibration is None and (missing := _uncalibrated(checkpoint, resolved)):
-        raise UnsupportedError(
-            f"{resolved.recipe.where}: '{missing}' needs a scale for its activations, and there is no calibration",
-            hint="shuntyard calibrate CKPT OUT --text FILE makes one; give it by --calibration OUT",
-        )
     return _Writer(checkpoint, weights, resolved, calibration).write()
-
-
-def _uncalibrated(checkpoint: Checkpoint, resolved: Resolved) -> str | None:
-    """The first module whose scale is neither in the file nor calibrated."""
-    for name in resolved.needs_calibration:
-        scales = [f"{name}.input_scale", f"{name}.k_scale", f"{name}.gate_up_proj_input_scale"]
-        scales += [f"{name}.k_proj.k_scale", f"{name}.0.gate_proj.input_scale"]
-        if not any(scale in checkpoint.tensors for scale in scales):
-            return name
-    return None
 
 
 class _Writer:
@@ -171,19 +156,14 @@ class _Writer:
                         hint="name other modules in the recipe, or give the checkpoint without these scales",
                     )
                 self.out.taken.add(name)
-                value = float(read_values(entry).reshape(-1)[0])
-                if not LEAST_SCALE <= value < math.inf:
-                    raise CheckpointError(
-                        f"{entry.file}: tensor '{entry.name}' holds {value}: a scale is a positive, normal number",
-                        hint="the checkpoint is damaged, or was not calibrated",
-                    )
-                return value
+                return scale_value(entry)
         return None
 
     def _calibration(self, name: str) -> Calibration:
         if self.calibration is None:
             raise UnsupportedError(
-                f"{self.resolved.recipe.where}: '{name}' needs a scale, and there is no calibration",
+                f"{self.resolved.recipe.where}: '{name}' needs a scale for its activations, and there is no "
+                "calibration",
                 hint="shuntyard calibrate CKPT OUT --text FILE makes one; give it by --calibration OUT",
             )
         self.out.calibrated += 1

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from shuntyard.exporter.trace import DTYPE_ATTRIBUTE
 from shuntyard.exporter.weights import Experts, Stored, Weights
 from shuntyard.plugins.contract import CACHED_ATTENTION, DEQUANTIZE, DOMAIN, EXPERTS, QUANTIZE, ExpertsForm, Op
 from shuntyard.plugins.functions import all_functions
@@ -28,9 +29,6 @@ EXPERTS_NODE = "feed_forward.experts"
 
 _WORDS = {"none": "", "tensor": "Fp8", "channel": "Fp8", "group": "Int4"}
 _ACTIVATIONS = {"none": "", "static": "Static", "dynamic": "Dynamic"}
-
-COMPUTE_ATTRIBUTE = "dtype"
-"""The attribute of every function that holds the engine's compute type; ``trace.py`` writes it."""
 
 PRODUCT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 """Types that a product can be given, whatever the engine's is."""
@@ -159,7 +157,7 @@ def _to_compute(function: ir.Function, value: ir.Value, name: str) -> None:
     """Behind ``value``, a cast to the engine's type, which everything else uses."""
     producer = value.producer()
     assert producer is not None
-    node = ir.Node("", "Cast", [value], [ir.RefAttr("to", COMPUTE_ATTRIBUTE, ir.AttributeType.INT)], name=name)
+    node = ir.Node("", "Cast", [value], [ir.RefAttr("to", DTYPE_ATTRIBUTE, ir.AttributeType.INT)], name=name)
     node.outputs[0].name = name
     value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
     node.replace_input_with(0, value)

@@ -21,10 +21,9 @@ from shuntyard.exporter.calibration import Calibration
 from shuntyard.exporter.checkpoint import open_checkpoint
 from shuntyard.exporter.config import Llama4Config
 from shuntyard.exporter.modules import Module, attentions, modules
-from shuntyard.exporter.output import refuse_existing
 from shuntyard.validate.calibrate_ranges import HINT_VALUES, Method, Range
 from shuntyard.validate.inputs import windows_of
-from shuntyard.validate.outputs import check_place, write_file
+from shuntyard.validate.outputs import check_place, write_new
 from shuntyard.validate.reference import UNKNOWN_TRANSFORMERS, LayeredReference
 from shuntyard.validate.values import Array, Sequence
 
@@ -94,8 +93,7 @@ def calibrate(
         zero=found.zero,
     )
     _warn_of(calibration, opened.config, warn)
-    refuse_existing(out)
-    write_file(out, calibration.model_dump_json(indent=1) + "\n")
+    write_new(out, calibration.model_dump_json(indent=1) + "\n")
     return calibration
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuntyard.errors import NotFiniteError, UnsupportedError
-from shuntyard.exporter.calibration import LARGEST_CODE, LEAST_CLIP
+from shuntyard.exporter.calibration import LEAST_CLIP
+from shuntyard.plugins.contract import LARGEST_CODE
 
 MethodName = Literal["amax", "percentile", "mse"]
 

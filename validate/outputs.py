@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -31,6 +32,30 @@ def write_file(path: Path, text: str) -> None:
     target = path.resolve()
     if target.exists() and not target.is_file():  # a rename would take the place of a device
         raise OutputError(f"{path}: is not a file: it cannot be written", hint="name a file to write to")
+    with _partial(target, path, text) as partial:
+        partial.rename(target)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a file that appears whole, and never takes the place of another.
+
+    Raises:
+        OutputError: something is there, or it cannot be written.
+    """
+    refuse_existing(path)
+    with _partial(path, path, text) as partial:
+        try:
+            os.link(partial, path)  # this alone refuses to replace what appeared meanwhile
+        except FileExistsError as error:
+            raise OutputError(f"{path}: appeared meanwhile", hint="give another path, or remove it first") from error
+        except OSError:  # no links on this file system
+            refuse_existing(path)
+            partial.rename(path)
+
+
+@contextlib.contextmanager
+def _partial(target: Path, path: Path, text: str) -> Iterator[Path]:
+    """A new file beside ``target`` that holds the text, on the disk, until the block is left; ``path`` names it."""
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +64,10 @@ def write_file(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(target)
-        except BaseException:
+            yield partial
+        finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OutputError(

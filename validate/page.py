@@ -89,7 +89,8 @@ def perplexity_text(interval: Interval) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Of all templates, with what their values go through."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("shuntyard.validate", "templates"),
         autoescape=True,
@@ -149,7 +150,7 @@ def render(report: Report) -> str:
             errors.append((mode, title, meaning, chart, matrix(report, mode)))
     flips = sorted(report.flips, key=lambda flip: (flip.ok, -flip.margin if flip.margin == flip.margin else -math.inf))
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             report=report,

@@ -8,14 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
+from shuntyard.exporter.modules import split_name
 from shuntyard.exporter.recipe import Precision
 from shuntyard.validate.charts import CHARACTER, WIDTH, Tick, every, percent, px, three
-from shuntyard.validate.page import value_text, visible
+from shuntyard.validate.page import environment
 from shuntyard.validate.search import Found, Sensitivity, Trial
 from shuntyard.validate.search_recipe import Source
 
@@ -72,7 +69,7 @@ def sensitivity_maps(found: Found) -> Maps | None:
         return None
     kinds = list(dict.fromkeys(_precision_name(s.precision) for s in found.sensitivities))
     rows = list(dict.fromkeys(_row_name(s.module) for s in found.sensitivities))
-    columns = list(dict.fromkeys(_layer(s.module) for s in found.sensitivities))
+    columns = list(dict.fromkeys(split_name(s.module)[0] for s in found.sensitivities))
     columns.sort(key=lambda layer: math.inf if layer is None else layer)
     beside = len(columns) <= _SIDE_BY_SIDE
     room = WIDTH - _LABELS - _MARGIN
@@ -92,7 +89,7 @@ def sensitivity_maps(found: Found) -> Maps | None:
                 own.ticks.append(Tick(px(x + (place + 0.5) * cell), text))
         for s in found.sensitivities:
             if _precision_name(s.precision) == kind:
-                place, row = columns.index(_layer(s.module)), rows.index(_row_name(s.module))
+                place, row = columns.index(split_name(s.module)[0]), rows.index(_row_name(s.module))
                 is_chosen = chosen[s.module] == s.precision
                 title = f"{s.module} as {s.precision}: KL {three(s.kl)}, saves {s.saved:,} bytes"
                 own.cells.append(Cell(px(x + place * cell), px(y + row * _ROW), level(s.kl, top), is_chosen, title))
@@ -123,13 +120,8 @@ def _precision_name(precision: Precision) -> str:
     return "FP8 weights" if precision.activations == "none" else "FP8 weights and activations"
 
 
-def _layer(module: str) -> int | None:
-    parts = module.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else None
-
-
 def _row_name(module: str) -> str:
-    name = ".".join(module.split(".")[3:]) if _layer(module) is not None else module
+    _, name = split_name(module)
     return name.removeprefix("feed_forward.") if ".shared_expert." in name else name
 
 
@@ -275,37 +267,28 @@ def _overlaps(label: Label, start: float, y: float, length: float) -> bool:
 
 def render_search(found: Found, source: Source, name: str) -> str:
     """The page. ``name`` is the recipe's."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("shuntyard.validate", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(three=three, percent=percent, value=value_text)
     rows = sorted([found.baseline, *found.shipped(), found.best], key=lambda trial: (-trial.bytes, trial.name))
     columns = list(dict.fromkeys(_precision_name(s.precision) for s in found.sensitivities))
     table: dict[str, dict[str, Sensitivity]] = {}
     for s in found.sensitivities:
         table.setdefault(s.module, {})[_precision_name(s.precision)] = s
-    return environment.get_template("precision.html").render(
-        found=found,
-        source=source,
-        name=name,
-        maps=sensitivity_maps(found),
-        chart=scatter(found),
-        rows=_unique(rows),
-        columns=columns,
-        table=table,
-        chosen=dict(found.best.choice),
+    return (
+        environment()
+        .get_template("precision.html")
+        .render(
+            found=found,
+            source=source,
+            name=name,
+            maps=sensitivity_maps(found),
+            chart=scatter(found),
+            rows=_unique(rows),
+            columns=columns,
+            table=table,
+            chosen=dict(found.best.choice),
+        )
     )
 
 
 def _unique(trials: Sequence[Trial]) -> list[Trial]:
     """Each choice once."""
     return list({trial.choice: trial for trial in reversed(trials)}.values())[::-1]
-
-
-def _finalize(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import shuntyard
-from shuntyard.errors import OutputError
 from shuntyard.exporter.config import Llama4Config
-from shuntyard.exporter.output import refuse_existing
+from shuntyard.exporter.modules import split_name
 from shuntyard.exporter.recipe import Precision, Recipe, Resolved, parse_recipe, resolve
 from shuntyard.validate.charts import three
 from shuntyard.validate.search import Found, Sensitivity, check_found
@@ -146,8 +141,8 @@ def _says(own: Precision) -> Iterator[str]:
 
 def _kind(name: str) -> str:
     """``model.layers.*.self_attn.q_proj`` of that of any layer."""
-    parts = name.split(".")
-    return ".".join((*parts[:2], "*", *parts[3:])) if parts[:2] == ["model", "layers"] else name
+    layer, part = split_name(name)
+    return name if layer is None else f"model.layers.*.{part}"
 
 
 def _patterns(names: Sequence[str], kinds: dict[str, list[str]]) -> list[str]:
@@ -164,41 +159,3 @@ def _patterns(names: Sequence[str], kinds: dict[str, list[str]]) -> list[str]:
 def _plain(text: str) -> str:
     """Fit for a comment: no control characters."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def write_new(path: Path, text: str) -> None:
-    """Writes a file that appears whole, and never takes the place of another.
-
-    Raises:
-        OutputError: something is there, or it cannot be written.
-    """
-    refuse_existing(path)
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("x", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            _place(partial, path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}",
-            hint="free some space, or write to another file system" if full else "give a place that you can write to",
-        ) from error
-
-
-def _place(partial: Path, path: Path) -> None:
-    """Renames; a link first, for that alone refuses to replace what appeared meanwhile."""
-    try:
-        os.link(partial, path)
-    except FileExistsError as error:
-        raise OutputError(f"{path}: appeared meanwhile", hint="give another path, or remove it first") from error
-    except OSError:  # no links on this file system
-        refuse_existing(path)
-        partial.rename(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from shuntyard.exporter.export import export
 from shuntyard.exporter.precision import ModulePrecision
 from shuntyard.exporter.recipe import SHIPPED, parse_recipe, read_recipe
 from shuntyard.plugins.contract import EXPERTS, QUANTIZE
+from tests.engines.planting import Change, planted
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "miniature"
 EVERY_KIND = b"""
@@ -160,7 +160,7 @@ def router_in_fp8(model: ir.Model) -> None:
     router.replace_input_with(1, dq.outputs[0])
 
 
-PLANTED: dict[str, tuple[Callable[[ir.Model], None], str]] = {
+PLANTED: dict[str, tuple[Change, str]] = {
     "activations": (activations_stay, r"model\.layers\.2\.self_attn\.o_proj"),
     "experts": (experts_in_another_way, r"layers\.5\S+ was to have activations dynamic, but its plugin .* says none"),
     "router": (router_in_fp8, r"feed_forward\.router was to compute in fp32"),
@@ -172,14 +172,7 @@ def test_a_planted_precision_is_caught(
     fault: str, all_linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, said = PLANTED[fault]
-    real = ir.to_proto
-
-    def changed(model: Any) -> Any:
-        if isinstance(model, ir.Model):
-            change(model)
-        return real(model)
-
-    monkeypatch.setattr(ir, "to_proto", changed)
+    planted(monkeypatch, change)
     with pytest.raises(EngineError, match=said):
         build(all_linear, tmp_path / "engine", request_for())
     assert not (tmp_path / "engine").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from shuntyard.exporter.export import export
 from shuntyard.plugins.contract import EXPERTS, PLUGINS
 from shuntyard.plugins.library import BuildInfo
 from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint
+from tests.engines.planting import planted
 
 pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
 
@@ -128,21 +128,6 @@ def test_progress_is_reported(model_directory: Path, tmp_path: Path) -> None:
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)
     assert any("layers in the plan" in line for line in lines)
-
-
-Change = Callable[[ir.Model], None]
-
-
-def planted(monkeypatch: Patch, change: Change) -> None:
-    """Changes the lowered graph behind the back of what holds the plan to it."""
-    real = ir.to_proto
-
-    def changed(model: Any) -> Any:
-        if isinstance(model, ir.Model):
-            change(model)
-        return real(model)
-
-    monkeypatch.setattr(ir, "to_proto", changed)
 
 
 def refusal(model: Path, out: Path, **changes: Any) -> ShuntyardError:

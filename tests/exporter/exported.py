@@ -22,6 +22,23 @@ from tests.tolerances import ROUTER_MARGIN
 RAW = raw_config(hidden_size=32, intermediate_size=64, intermediate_size_mlp=96, head_dim=16)
 IDS = np.random.default_rng(0).integers(0, RAW["vocab_size"], size=(2, 22))  # three chunks
 WEIGHTS = random_weights(parsed(RAW), seed=5)
+OTHER = raw_config(
+    vocab_size=24,
+    hidden_size=48,
+    intermediate_size=16,
+    intermediate_size_mlp=80,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=16,
+    num_local_experts=3,
+    num_experts_per_tok=1,
+    interleave_moe_layer_step=1,
+    no_rope_layers=[0, 1],
+    attention_bias=True,
+)
+"""Another one: two layers, one without RoPE, both routed, with biases."""
+
 GATE_UP = "model.layers.1.feed_forward.experts.gate_up_proj"
 
 

@@ -17,27 +17,11 @@ from shuntyard.engines.build import Request, build
 from shuntyard.errors import CheckpointError
 from shuntyard.exporter import split as split_module
 from shuntyard.exporter.export import export
-from tests.checkpoints import parsed, random_weights, raw_config
-from tests.exporter.exported import RAW, by_hand, logits, reference
+from tests.checkpoints import parsed, random_weights
+from tests.exporter.exported import OTHER, RAW, by_hand, logits, reference
 from tests.exporter.handmade import CHANNEL, Handmade, Way, declare_compressed_tensors, declare_modelopt, handmade
 from tests.parity.reference import Reference, largest_difference
 from tests.tolerances import MISTAKE_MIN_ABS, MODEL_MAX_ABS, ROUTER_MARGIN
-
-OTHER = raw_config(
-    vocab_size=24,
-    hidden_size=48,
-    intermediate_size=16,
-    intermediate_size_mlp=80,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    head_dim=16,
-    num_local_experts=3,
-    num_experts_per_tok=1,
-    interleave_moe_layer_step=1,
-    no_rope_layers=[0, 1],
-    attention_bias=True,
-)
 
 
 @st.composite

@@ -29,8 +29,8 @@ from shuntyard.exporter.recipe import PLAIN, STORED, Precision, Recipe, Resolved
 from shuntyard.exporter.rewrite_request import Quantize
 from shuntyard.validate.dequantise import dequantised_state
 from tests import formats
-from tests.checkpoints import parsed, random_weights, raw_config, write_checkpoint
-from tests.exporter.exported import RAW, WEIGHTS, by_hand, logits, reference
+from tests.checkpoints import parsed, random_weights, write_checkpoint
+from tests.exporter.exported import OTHER, RAW, WEIGHTS, by_hand, logits, reference
 from tests.exporter.handmade import (
     CHANNEL,
     TENSOR,
@@ -160,23 +160,8 @@ def can_be(own: Recipe, one: Rule, source: Path) -> bool:
     return True
 
 
-OTHER = raw_config(
-    vocab_size=24,
-    hidden_size=48,
-    intermediate_size=16,
-    intermediate_size_mlp=80,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    head_dim=16,
-    num_local_experts=3,
-    num_experts_per_tok=1,
-    interleave_moe_layer_step=1,
-    no_rope_layers=[0, 1],
-    attention_bias=True,
-    tie_word_embeddings=True,
-)
-RAWS = {"RAW": RAW, "OTHER": OTHER}
+TIED = OTHER | {"tie_word_embeddings": True}
+RAWS = {"RAW": RAW, "OTHER": TIED}
 GLOBS = ["*.self_attn.*", "*.self_attn.k_proj", "*.experts", "model.layers.1.*", "*.shared_expert.*", "lm_head", "*",
          "model.layers.last.*", "*down_proj", "*.feed_forward.*", "model.embed_tokens"]  # fmt: skip
 ASKED: list[dict[str, object]] = [

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from shuntyard.errors import EngineError, OutputError, UnsupportedError
 from shuntyard.exporter.export import export
 from shuntyard.exporter.recipe import Precision, nbytes, read_recipe, resolve
-from shuntyard.validate import search_recipe
+from shuntyard.validate import outputs
 from shuntyard.validate.demo import miniature
 from shuntyard.validate.inputs import windows_of
 from shuntyard.validate.matrices import Numbers
+from shuntyard.validate.outputs import write_new
 from shuntyard.validate.precision_plot import LEVELS, level, render_search, sensitivity_maps
 from shuntyard.validate.search import Found, _Search, candidates, check_found, lower_hull, search
-from shuntyard.validate.search_recipe import Source, found_recipe, recipe_text, write_new
+from shuntyard.validate.search_recipe import Source, found_recipe, recipe_text
 from shuntyard.validate.values import Tokens
 from shuntyard.validate.within import parse_bound
 from shuntyard.validate.worth import measure
@@ -233,7 +234,7 @@ def test_files_appear_whole_and_replace_nothing(tmp_path: Path) -> None:
 
 def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "r.toml"
-    monkeypatch.setattr(search_recipe, "refuse_existing", lambda path: path.write_text("theirs"))
+    monkeypatch.setattr(outputs, "refuse_existing", lambda path: path.write_text("theirs"))
     with pytest.raises(OutputError, match="appeared meanwhile"):
         write_new(place, "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["r.toml"] and place.read_text() == "theirs"
