@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <tuple>
 
 #define __global__
 #define __device__
@@ -37,6 +38,43 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void*, Argument
         }
     }
     return 0;
+}
+
+}  // namespace shuntyard
+
+// Kernels that need more than threads one after another: host/emulator.h runs them, as fibers.
+namespace shuntyard {
+
+struct Shape {
+    dim3 grid, block;
+    unsigned cluster = 1;
+    size_t shared = 0;
+};
+
+struct Device {
+    int capability;
+    int multiprocessors;
+};
+
+// The device that is emulated; tests set it (emulator.cpp, test_device).
+int current_device(Device& device);
+
+// Runs `thread` for every thread of the launch, each as a fiber with threadIdx and blockIdx of its own. 0, or the
+// error number that CUDA gives a launch that cannot be. Aborts, and says why, where the threads wait for each other
+// for ever, or break a rule of what they use.
+int run_fibers(const Shape& shape, void (*thread)(void* arguments), void* arguments);
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Shape& shape, void*, Arguments... arguments) {
+    std::tuple<void (*)(Parameters...), std::tuple<Parameters...>> call{
+        kernel, std::tuple<Parameters...>{static_cast<Parameters>(arguments)...}};
+    return run_fibers(
+        shape,
+        [](void* raw) {
+            auto& [kernel, packed] = *static_cast<decltype(call)*>(raw);
+            std::apply(kernel, packed);
+        },
+        &call);
 }
 
 }  // namespace shuntyard

@@ -35,6 +35,73 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, A
     return launch_packed(kernel, grid, block, stream, packed, std::index_sequence_for<Parameters...>{});
 }
 
+// How a kernel is launched that uses shared memory or clusters.
+struct Shape {
+    dim3 grid, block;
+    unsigned cluster = 1;  // blocks of a cluster, along x
+    size_t shared = 0;     // bytes of dynamic shared memory
+};
+
+template <typename Kernel, typename Arguments, size_t... Index>
+int launch_shaped(Kernel* kernel, const Shape& shape, void* stream, Arguments& arguments,
+                  std::index_sequence<Index...>) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shape.shared > 48 * 1024) {
+        const int status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                static_cast<int>(shape.shared));
+        if (status != cudaSuccess) {
+            return status;
+        }
+    }
+    if (shape.cluster > 8) {
+        const int status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        if (status != cudaSuccess) {
+            return status;
+        }
+    }
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+    void* addresses[] = {&std::get<Index>(arguments)...};
+    return cudaLaunchKernelExC(&config, function, addresses);
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Arguments... arguments) {
+    std::tuple<Parameters...> packed{static_cast<Parameters>(arguments)...};
+    return launch_shaped(kernel, shape, stream, packed, std::index_sequence_for<Parameters...>{});
+}
+
+// What kernels are chosen by. Neither waits for the device, and both may be asked while a graph is captured.
+struct Device {
+    int capability;       // 10 * major + minor
+    int multiprocessors;
+};
+
+inline int current_device(Device& device) {
+    int number = 0, major = 0, minor = 0;
+    int status = cudaGetDevice(&number);
+    if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+    }
+    if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
+    }
+    if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number);
+    }
+    device.capability = 10 * major + minor;
+    return status;
+}
+
 }  // namespace shuntyard
 #else
 #include "host/on_host.h"
