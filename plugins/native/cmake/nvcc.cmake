@@ -6,10 +6,14 @@
 set(SHUNTYARD_NVCC_MINIMUM 12.8)  # the first to know compute capability 12.0
 
 # -gencode arguments for SHUNTYARD_CUDA_ARCHITECTURES.
+#
+# Hopper's own instructions (wgmma, setmaxnreg) are in 90a alone, whose machine code runs on every 9.0. PTX of 90a would
+# run nowhere else, so that of 90 is added where 90 is the last.
 function(shuntyard_gencode out)
   set(flags "")
   foreach(arch IN LISTS SHUNTYARD_CUDA_ARCHITECTURES)
-    list(APPEND flags -gencode arch=compute_${arch},code=sm_${arch})
+    string(REGEX REPLACE "^90$" "90a" code ${arch})
+    list(APPEND flags -gencode arch=compute_${code},code=sm_${code})
   endforeach()
   list(GET SHUNTYARD_CUDA_ARCHITECTURES -1 last)
   list(APPEND flags -gencode arch=compute_${last},code=compute_${last})
@@ -106,7 +110,8 @@ macro(shuntyard_find_nvcc)
   endforeach()
 endmacro()
 
-# Compiles .cu files into <target> and links the CUDA runtime statically: the library loads without a driver.
+# Compiles .cu files into <target> and links the CUDA runtime statically: the library loads without a driver. What ptxas
+# says of registers, spills and shared memory is kept beside each object, as <file>.ptxas.txt.
 function(shuntyard_add_kernels target)
   shuntyard_gencode(gencode)
   string(REPLACE ";" "," host_flags "-fPIC;-fvisibility=hidden;${SHUNTYARD_WARNINGS}")
@@ -119,10 +124,13 @@ function(shuntyard_add_kernels target)
     set(object ${CMAKE_CURRENT_BINARY_DIR}/${name}.o)
     add_custom_command(
       OUTPUT ${object}
-      COMMAND ${SHUNTYARD_NVCC} -std=c++17 -O3 ${gencode} ${device_flags} -Xcompiler=${host_flags}
+      BYPRODUCTS ${CMAKE_CURRENT_BINARY_DIR}/${name}.ptxas.txt
+      COMMAND ${CMAKE_COMMAND} -DREPORT=${CMAKE_CURRENT_BINARY_DIR}/${name}.ptxas.txt
+        -P ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/compile.cmake --
+        ${SHUNTYARD_NVCC} -std=c++17 -O3 ${gencode} ${device_flags} -Xptxas=-v -Xcompiler=${host_flags}
         -I${CMAKE_CURRENT_SOURCE_DIR} -MD -MT ${object} -MF ${object}.d
         -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
-      DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+      DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source} ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/compile.cmake
       DEPFILE ${object}.d
       COMMENT "nvcc ${source}"
       VERBATIM)
