@@ -31,7 +31,8 @@ enum shuntyard_status {
     SHUNTYARD_OK = 0,
     SHUNTYARD_INVALID_ARGUMENT = -1,  // an extent, a type, a form of weights or a top_k that cannot be
     SHUNTYARD_WORKSPACE_TOO_SMALL = -2,
-    SHUNTYARD_NO_KERNELS = -3,  // the library was built without nvcc
+    SHUNTYARD_NO_KERNELS = -3,           // the library was built without nvcc
+    SHUNTYARD_UNSUPPORTED_TACTIC = -4,   // the kernels asked for do not take such weights or extents, or this device
 };
 
 // A JSON object: version, abi_version, cuda (the version of nvcc, or null), cuda_source, architectures.

@@ -120,7 +120,7 @@ namespace shuntyard {
 
 constexpr unsigned kBlock = 128;  // threads of a block, in every launch
 
-constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 

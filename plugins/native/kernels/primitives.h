@@ -268,8 +268,8 @@ __device__ inline void products_wait() {
 // Keeps the compiler from moving accesses to a register that a product is working on.
 __device__ inline void keep(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 
-__device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
-__device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+__device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+__device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
 
 #include "kernels/wgmma.h"
 

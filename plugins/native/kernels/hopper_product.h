@@ -1,0 +1,393 @@
+// A product over all experts on Hopper: tiles of rows and weights come by TMA, warp groups multiply them, blocks stay and
+// take tile after tile.
+//
+// A block is three warp groups. One thread of the first keeps a ring of stages filled: a stage holds one K block, 128
+// bytes of every row of a tile, as boxes of 64 rows by 128 bytes. The other two warp groups multiply what has arrived
+// and give the stage back. How they share a tile, and how wide it is, follows from the number of rows:
+//
+//   rows  columns  each warp group  for
+//   128   128      64 rows          E4M3 codes: every 128 of K, sums move on to fp32 registers, which takes two of each
+//   128   256      64 rows          16-bit operands, whose sums stay where they are
+//   64    256      128 columns      few rows an expert: more weights on their way, less multiplied in vain
+//
+// For gate and up, boxes of 64 columns of gate and of up take turns: a thread then holds both parts of a hidden value,
+// and SwiGLU needs no exchange.
+//
+// Why sums move on: Hopper's units keep about 14 bits while they add up products of FP8 (DeepSeek-V3, arXiv 2412.19437,
+// section 3.3.2).
+#pragma once
+
+#include "kernels/hopper.h"
+#include "kernels/rows.h"
+
+namespace shuntyard {
+
+constexpr int kBoxRows = 64;
+constexpr uint32_t kBoxBytes = kBoxRows * 128;
+constexpr uint32_t kGroupThreads = 128;
+constexpr uint32_t kHopperThreads = 3 * kGroupThreads;
+constexpr uint32_t kStageSpace = 200 * 1024;  // of the 227 KiB that a block may have
+constexpr uint32_t kTallest = 16;              // tiles of rows that go through all columns together, and stay in L2
+
+template <typename X_, Operand kOperand_, Major kMajor_, int kRows_, int kColumns_, bool kPair_, bool kGiven_ = false>
+struct HopperConfig {
+    using X = X_;
+    static constexpr Operand kOperand = kOperand_;
+    static constexpr Major kMajor = kMajor_;
+    static constexpr int kRows = kRows_, kColumns = kColumns_;
+    static constexpr bool kPair = kPair_;
+    static constexpr bool kCodes = kOperand == Operand::kE4m3;
+    static constexpr bool kMoreRows = kGiven_ && kPair;  // up's rows are not gate's
+    static constexpr bool kEncode = kGiven_ && kPair;    // what comes out is codes
+    using Scales = std::conditional_t<kCodes, CodeScales, NoScales>;
+
+    static constexpr int kBlock = kCodes ? 128 : 64;  // of K
+    static constexpr int kRowBoxes = kRows / kBoxRows;
+    static constexpr int kColumnBoxes = kColumns / kBoxRows;
+    static constexpr uint32_t kStageBytes = (kRowBoxes * (kMoreRows ? 2 : 1) + kColumnBoxes) * kBoxBytes;
+    static constexpr uint32_t kStages = kStageSpace / kStageBytes;
+    static constexpr size_t kShared = kStages * (kStageBytes + 2 * sizeof(uint64_t));
+
+    static constexpr bool kShareRows = kRows == 128;  // warp groups split the rows, else the columns
+    static constexpr int kGroupColumns = kShareRows ? kColumns : kColumns / 2;
+    static constexpr int kSums = kGroupColumns / 2;  // of a thread
+    static constexpr int kOutColumns = kPair ? kColumns / 2 : kColumns;
+};
+
+// The place of a tile.
+struct HopperTilePlace {
+    int32_t expert;
+    int32_t row, end;  // the tile's first row, and where the expert's rows end
+    int32_t column;    // of the result
+};
+
+// Goes through the tiles of all experts in order, one expert after the other. Within one, up to kTallest tiles of rows
+// take turns before the next column. All numbers of tiles fit 32 bits: launch_hopper refuses more.
+template <class C>
+struct HopperWalk {
+    const HopperProduct& product;
+    uint32_t column_tiles;
+    int32_t expert = -1;
+    uint32_t first_tile = 0, tiles = 0, row_tiles = 0;
+    int32_t begin = 0, end = 0;
+
+    __device__ explicit HopperWalk(const HopperProduct& product_)
+        : product(product_), column_tiles(static_cast<uint32_t>(ceil_div(product_.columns, C::kOutColumns))) {}
+
+    __device__ int32_t clamped(int32_t offset) const {
+        return offset < 0 ? 0 : offset < product.all_rows ? offset : static_cast<int32_t>(product.all_rows);
+    }
+
+    // False behind the last tile. Tiles must be asked for in order.
+    __device__ bool find(uint32_t tile, HopperTilePlace& place) {
+        while (tile >= first_tile + tiles) {
+            if (++expert >= product.experts) {
+                return false;
+            }
+            first_tile += tiles;
+            begin = clamped(product.expert_offsets[expert]);
+            end = clamped(product.expert_offsets[expert + 1]);
+            row_tiles = end > begin ? (static_cast<uint32_t>(end - begin) + C::kRows - 1) / C::kRows : 0;
+            tiles = row_tiles * column_tiles;
+        }
+        const uint32_t own = tile - first_tile;
+        const uint32_t of_group = kTallest * column_tiles;
+        const uint32_t group = own / of_group, within = own % of_group;
+        const uint32_t left = row_tiles - group * kTallest;
+        const uint32_t height = left < kTallest ? left : kTallest;
+        place.expert = expert;
+        place.row = begin + static_cast<int32_t>((group * kTallest + within % height) * C::kRows);
+        place.end = end;
+        place.column = static_cast<int32_t>(within / height * C::kOutColumns);
+        return true;
+    }
+};
+
+// The ring of stages: `full` ends a phase when a stage's bytes have arrived, `empty` when all eight warps have read it.
+template <class C>
+struct HopperRing {
+    char* stages;
+    uint64_t* full;
+    uint64_t* empty;
+    uint32_t stage = 0, parity = 0;
+
+    __device__ HopperRing()
+        : stages(shared_memory()),
+          full(reinterpret_cast<uint64_t*>(stages + C::kStages * C::kStageBytes)),
+          empty(full + C::kStages) {}
+
+    __device__ char* current() const { return stages + stage * C::kStageBytes; }
+
+    __device__ void next() {
+        if (++stage == C::kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+#if SHUNTYARD_ON_HOPPER
+
+// One thread: everything that the other warp groups multiply.
+template <class C>
+__device__ inline void hopper_fill(const HopperProduct& product) {
+    HopperRing<C> ring;
+    HopperWalk<C> walk(product);
+    HopperTilePlace place;
+    const int32_t inner = static_cast<int32_t>(product.inner);
+    int32_t acquired = -1;
+    for (uint32_t tile = blockIdx.x; walk.find(tile, place); tile += gridDim.x) {
+        const TensorMap* const first = product.maps + place.expert;
+        const TensorMap* const second = C::kPair ? first + product.experts : first;
+        if (acquired != place.expert) {
+            acquired = place.expert;
+            tensor_map_acquire(first);
+            if (C::kPair) {
+                tensor_map_acquire(second);
+            }
+        }
+        for (int32_t k = 0; k < inner; k += C::kBlock) {
+            barrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);  // at first, the phase before the first: it passes
+            uint64_t* const full = &ring.full[ring.stage];
+            barrier_arrive_expecting(full, C::kStageBytes);
+            char* to = ring.current();
+            for (int box = 0; box < C::kRowBoxes; ++box, to += kBoxBytes) {
+                tma_load(to, &product.rows, full, k, place.row + box * kBoxRows);
+            }
+            for (int box = 0; box < (C::kMoreRows ? C::kRowBoxes : 0); ++box, to += kBoxBytes) {
+                tma_load(to, &product.more_rows, full, k, place.row + box * kBoxRows);
+            }
+            for (int box = 0; box < C::kColumnBoxes; ++box, to += kBoxBytes) {
+                const TensorMap* const map = C::kPair && box % 2 == 1 ? second : first;
+                const int32_t column = place.column + box / (C::kPair ? 2 : 1) * kBoxRows;
+                const bool along_k = C::kMajor == Major::kK;
+                tma_load(to, map, full, along_k ? k : column, along_k ? column : k);
+            }
+            ring.next();
+        }
+    }
+}
+
+// Multiplies one stage: sums = or += rows * columns, as one group of products.
+template <class C>
+__device__ inline void hopper_multiply(const char* stage, int group, float (&sums)[C::kSums], bool accumulate) {
+    const char* const rows = stage + (C::kShareRows ? group * kBoxBytes : 0);
+    const char* const columns = stage + C::kStageBytes - C::kColumnBoxes * kBoxBytes +
+                                (C::kShareRows ? 0 : group * (C::kColumnBoxes / 2) * kBoxBytes);
+    for (float& sum : sums) {
+        keep(sum);
+    }
+    products_begin();
+    for (int step = 0; step < 4; ++step) {
+        const bool add = accumulate || step > 0;
+        const uint64_t left = descriptor(rows + step * 32, 16, 1024);
+        if constexpr (C::kMoreRows) {
+            // Gate and up have rows of their own, so each half of the columns is a product of its own.
+            static_assert(C::kGroupColumns == 128, "a box of gate and one of up");
+            const uint64_t up_left = descriptor(rows + C::kRowBoxes * kBoxBytes + step * 32, 16, 1024);
+            GroupProduct<C::kOperand, C::kMajor, 64>::multiply(sums, left, descriptor(columns + step * 32, 16, 1024),
+                                                               add);
+            GroupProduct<C::kOperand, C::kMajor, 64>::multiply(
+                sums + 32, up_left, descriptor(columns + kBoxBytes + step * 32, 16, 1024), add);
+        } else {
+            const uint64_t right = C::kMajor == Major::kK ? descriptor(columns + step * 32, 16, 1024)
+                                                          : descriptor(columns + step * 2048, kBoxBytes, 1024);
+            GroupProduct<C::kOperand, C::kMajor, C::kGroupColumns>::multiply(sums, left, right, add);
+        }
+    }
+    products_commit();
+}
+
+// The sums of one tile.
+template <class C>
+__device__ inline void hopper_sum(const HopperProduct& product, HopperRing<C>& ring, int group,
+                                  float (&sums)[C::kSums]) {
+    const bool speaks = threadIdx.x % 32 == 0;  // for its warp
+    const int32_t inner = static_cast<int32_t>(product.inner);
+    if constexpr (C::kCodes) {
+        for (float& sum : sums) {
+            sum = 0;
+        }
+        for (int32_t k = 0; k < inner; k += C::kBlock) {
+            float fresh[C::kSums];
+            barrier_wait(&ring.full[ring.stage], ring.parity);
+            hopper_multiply<C>(ring.current(), group, fresh, false);
+            products_wait<0>();
+            if (speaks) {
+                barrier_arrive(&ring.empty[ring.stage]);
+            }
+            for (int i = 0; i < C::kSums; ++i) {
+                keep(fresh[i]);
+                sums[i] += fresh[i];
+            }
+            ring.next();
+        }
+    } else {
+        uint64_t* last = nullptr;
+        for (int32_t k = 0; k < inner; k += C::kBlock) {
+            barrier_wait(&ring.full[ring.stage], ring.parity);
+            hopper_multiply<C>(ring.current(), group, sums, k > 0);
+            products_wait<1>();  // the stage before this one has been read
+            if (speaks && last != nullptr) {
+                barrier_arrive(last);
+            }
+            last = &ring.empty[ring.stage];
+            ring.next();
+        }
+        products_wait<0>();
+        if (speaks) {
+            barrier_arrive(last);
+        }
+        for (float& sum : sums) {
+            keep(sum);
+        }
+    }
+}
+
+// What sums of codes are multiplied with: the rows' factor, then the column's scale.
+template <class C>
+struct HopperScaling {
+    const HopperProduct& product;
+    const typename C::Scales& scales;
+    int32_t expert;
+
+    __device__ float of_row(int part, int64_t row) const {
+        if constexpr (C::kCodes) {
+            return product.factors != nullptr ? product.factors[row]
+                                              : scale_at(scales.rows[part][expert], scales.row_type, 0);
+        } else {
+            return 1.0f;
+        }
+    }
+    __device__ float of_column(int part, int64_t column) const {
+        if constexpr (C::kCodes) {
+            return scale_at(scales.weights[part][expert], scales.weight_type, column * scales.stride);
+        } else {
+            return 1.0f;
+        }
+    }
+};
+
+template <typename X>
+__device__ inline float swiglu_of(float gate, float up) {
+    const float rounded = rounded_to<X>(gate);
+    return rounded_to<X>(rounded * sigmoid(rounded) * rounded_to<X>(up));
+}
+
+// Two neighbouring values of the result.
+template <class C>
+__device__ inline void hopper_store(const HopperProduct& product, int32_t row, int32_t column, float first,
+                                    float second, float next_scale) {
+    using X = typename C::X;
+    const int64_t place = int64_t{row} * product.columns + column;
+    if constexpr (C::kEncode) {
+        const uint32_t low = from_float<E4m3>(first / next_scale).bits;
+        const uint32_t high = from_float<E4m3>(second / next_scale).bits;
+        reinterpret_cast<uint16_t*>(product.out)[place / 2] = static_cast<uint16_t>(low | high << 8);
+    } else {
+        reinterpret_cast<uint32_t*>(product.out)[place / 2] = pack<X>(first, second);
+    }
+}
+
+template <class C>
+__device__ inline void hopper_finish(const HopperProduct& product, const typename C::Scales& scales,
+                                     const HopperTilePlace& place, int group, const float (&sums)[C::kSums]) {
+    using X = typename C::X;
+    const int thread = static_cast<int>(threadIdx.x % kGroupThreads);
+    const int32_t first_row = place.row + (C::kShareRows ? group * 64 : 0) + thread / 32 * 16 + thread % 32 / 4;
+    constexpr int kParts = C::kPair ? 2 : 1;
+    constexpr int kBlocks = C::kGroupColumns / 64 / kParts;  // of 64 columns of the result
+    const int32_t first_column = place.column + (C::kShareRows ? 0 : group * kBlocks * 64) + thread % 4 * 2;
+    const HopperScaling<C> scaling{product, scales, place.expert};
+    float next_scale = 1.0f;
+    if constexpr (C::kEncode) {
+        next_scale = scale_at(scales.next[place.expert], scales.row_type, 0);
+    }
+    const bool has[2] = {first_row < place.end, first_row + 8 < place.end};
+    float factors[kParts][2] = {};
+    for (int part = 0; part < kParts; ++part) {
+        for (int h = 0; h < 2; ++h) {
+            factors[part][h] = has[h] ? scaling.of_row(part, first_row + 8 * h) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks * 8; ++i) {  // 8 columns each, of which the thread has two
+        const int32_t column = first_column + i * 8;
+        if (column >= product.columns) {
+            continue;
+        }
+        float column_scales[kParts][2];
+        for (int part = 0; part < kParts; ++part) {
+            column_scales[part][0] = scaling.of_column(part, column);
+            column_scales[part][1] = scaling.of_column(part, column + 1);
+        }
+        for (int h = 0; h < 2; ++h) {
+            float values[kParts][2];
+            for (int part = 0; part < kParts; ++part) {
+                for (int l = 0; l < 2; ++l) {
+                    const float sum = sums[(i / 8 * kParts + part) * 32 + i % 8 * 4 + 2 * h + l];
+                    values[part][l] = C::kCodes ? sum * factors[part][h] * column_scales[part][l] : sum;
+                }
+            }
+            if (!has[h]) {
+                continue;
+            }
+            if constexpr (C::kPair) {
+                hopper_store<C>(product, first_row + 8 * h, column, swiglu_of<X>(values[0][0], values[1][0]),
+                                swiglu_of<X>(values[0][1], values[1][1]), next_scale);
+            } else {
+                hopper_store<C>(product, first_row + 8 * h, column, values[0][0], values[0][1], next_scale);
+            }
+        }
+    }
+}
+
+#endif  // SHUNTYARD_ON_HOPPER
+
+template <class C>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    hopper_product([[maybe_unused]] SHUNTYARD_TABLE(HopperProduct) product,
+                   [[maybe_unused]] SHUNTYARD_TABLE(typename C::Scales) scales) {
+#if SHUNTYARD_ON_HOPPER
+    HopperRing<C> ring;
+    if (threadIdx.x == 0) {
+        for (uint32_t stage = 0; stage < C::kStages; ++stage) {
+            barrier_init(&ring.full[stage], 1);
+            barrier_init(&ring.empty[stage], 8);
+        }
+        barrier_init_fence();
+    }
+    sync_block();
+    if (threadIdx.x < kGroupThreads) {
+        fewer_registers();
+        if (threadIdx.x == 0) {
+            hopper_fill<C>(product);
+        }
+        return;
+    }
+    more_registers();
+    const int group = static_cast<int>(threadIdx.x / kGroupThreads) - 1;
+    HopperWalk<C> walk(product);
+    HopperTilePlace place;
+    for (uint32_t tile = blockIdx.x; walk.find(tile, place); tile += gridDim.x) {
+        float sums[C::kSums];
+        hopper_sum<C>(product, ring, group, sums);
+        hopper_finish<C>(product, scales, place, group, sums);
+    }
+#endif
+}
+
+template <class C>
+int launch_hopper(const HopperProduct& product, const typename C::Scales& scales, int multiprocessors, void* stream) {
+    // No expert's last tile is counted twice: at most one more than whole tiles for each expert that has rows.
+    const int64_t with_rows = product.experts < product.all_rows ? product.experts : product.all_rows;
+    const int64_t tiles = (product.all_rows / C::kRows + with_rows) * ceil_div(product.columns, C::kOutColumns);
+    if (tiles > INT_MAX || product.inner > INT_MAX - 256 || product.columns > INT_MAX - 256) {
+        return SHUNTYARD_UNSUPPORTED_TACTIC;
+    }
+    Shape shape{grid_of(tiles < multiprocessors ? tiles : multiprocessors), dim3(kHopperThreads)};
+    shape.shared = C::kShared;
+    return launch(hopper_product<C>, shape, stream, product, scales);
+}
+
+}  // namespace shuntyard
