@@ -1,0 +1,126 @@
+// A CUDA device, through the runtime alone.
+#include <cuda_runtime_api.h>
+
+#include "conformance/device.h"
+
+namespace conformance {
+namespace {
+
+cudaStream_t the_stream = nullptr;
+cudaEvent_t begin_event = nullptr, end_event = nullptr;
+size_t l2_bytes = 0;
+
+std::string said(cudaError_t error, const char* by) {
+    return error == cudaSuccess ? "" : std::string(by) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
+}
+
+}  // namespace
+
+std::string open_device(std::string& named) {
+    int count = 0;
+    std::string wrong = said(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    if (!wrong.empty() || count == 0) {
+        return "there is no CUDA device" + (wrong.empty() ? "" : ": " + wrong);
+    }
+    cudaDeviceProp properties;
+    if (wrong = said(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties"); !wrong.empty()) {
+        return wrong;
+    }
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    named = std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
+            std::to_string(properties.minor) + ", driver for CUDA " + std::to_string(driver / 1000) + "." +
+            std::to_string(driver % 1000 / 10);
+    l2_bytes = static_cast<size_t>(properties.l2CacheSize);
+    wrong = said(cudaStreamCreateWithFlags(&the_stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    if (wrong.empty()) {
+        wrong = said(cudaEventCreate(&begin_event), "cudaEventCreate");
+    }
+    return wrong.empty() ? said(cudaEventCreate(&end_event), "cudaEventCreate") : wrong;
+}
+
+bool has_graphs() { return true; }
+
+size_t cache_bytes() { return l2_bytes; }
+
+void* allocate(size_t bytes) {
+    void* memory = nullptr;
+    return cudaMalloc(&memory, bytes) == cudaSuccess ? memory : nullptr;
+}
+
+void release(void* memory) { cudaFree(memory); }
+
+std::string upload(void* to, const void* from, size_t bytes) {
+    return said(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copying to the device");
+}
+
+std::string download(void* to, const void* from, size_t bytes) {
+    return said(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "copying from the device");
+}
+
+std::string copy_on_device(void* to, const void* from, size_t bytes) {
+    return said(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, the_stream), "copying on the device");
+}
+
+void* stream() { return the_stream; }
+
+std::string wait() {
+    const std::string wrong = said(cudaGetLastError(), "a launch");
+    return wrong.empty() ? said(cudaStreamSynchronize(the_stream), "running") : wrong;
+}
+
+Graph::~Graph() {
+    if (recorded_ != nullptr) {
+        cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recorded_));
+    }
+}
+
+std::string Graph::record(const std::function<bool()>& calls) {
+    std::string wrong = said(cudaStreamBeginCapture(the_stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+    if (!wrong.empty()) {
+        return wrong;
+    }
+    const bool enqueued = calls();
+    cudaGraph_t graph = nullptr;
+    wrong = said(cudaStreamEndCapture(the_stream, &graph), "what it does cannot be captured: cudaStreamEndCapture");
+    if (wrong.empty() && !enqueued) {
+        wrong = "enqueue fails while it is captured";
+    }
+    if (wrong.empty()) {
+        cudaGraphExec_t executable = nullptr;
+        wrong = said(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+        recorded_ = executable;
+    }
+    if (graph != nullptr) {
+        cudaGraphDestroy(graph);
+    }
+    if (!wrong.empty()) {
+        cudaGetLastError();  // a failed capture is not the next call's error
+    }
+    return wrong;
+}
+
+std::string Graph::replay() {
+    return said(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recorded_), the_stream), "cudaGraphLaunch");
+}
+
+std::string Graph::replay_timed(double& microseconds) {
+    std::string wrong = said(cudaEventRecord(begin_event, the_stream), "cudaEventRecord");
+    if (wrong.empty()) {
+        wrong = replay();
+    }
+    if (wrong.empty()) {
+        wrong = said(cudaEventRecord(end_event, the_stream), "cudaEventRecord");
+    }
+    if (wrong.empty()) {
+        wrong = wait();
+    }
+    float milliseconds = 0;
+    if (wrong.empty()) {
+        wrong = said(cudaEventElapsedTime(&milliseconds, begin_event, end_event), "cudaEventElapsedTime");
+    }
+    microseconds = 1e3 * static_cast<double>(milliseconds);
+    return wrong;
+}
+
+}  // namespace conformance

@@ -1,0 +1,316 @@
+// Runs cases through a plugin library as TensorRT would, and judges what comes out; without TensorRT, and without Python.
+//
+//   shuntyard_conformance LIBRARY CASES [options]        CASES: a file, or - for stdin: gzip -dc cases.bin.gz | ... -
+//
+//   --tactic N        with tactic N, in the cases where the plugin offers it
+//   --every-tactic    with the default, and then with every tactic that the plugin offers
+//   --only TEXT       the cases whose names hold this
+//   --every N         the first of each N cases
+//   --outputs FILE    also writes what came out (of the first run of each case and tactic) for Python to judge:
+//                     text name, i32 tactic, u32 outputs, each u64 bytes and so many; u64 and text as in cases.h
+//   --most-failures N how many failures are printed in full (20)
+//   --time            times the cases instead: microseconds a call, on copies of the inputs that no cache holds
+//
+// Each case runs twice from the plugin's enqueue and, on a GPU, once from a graph that was captured from it: with other
+// bytes in outputs, workspace and guards each time, and the same bytes must come out. Exit status: 0 all is well,
+// 1 something failed, 2 it could not run.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "conformance/arena.h"
+#include "conformance/device.h"
+#include "conformance/judge.h"
+#include "conformance/session.h"
+#include "conformance/timing.h"
+
+namespace conformance {
+namespace {
+
+struct Options {
+    std::string library, cases, only, outputs;
+    int32_t tactic = 0;
+    bool every_tactic = false, time = false;
+    unsigned long every = 1, most_failures = 20;
+};
+
+struct Filling {
+    unsigned char guard, fill;
+};
+// NaN in every float format, zero, a large number; guards differ from what a stray write would likely leave.
+constexpr Filling kFillings[] = {{0xa5, 0xff}, {0xff, 0x00}, {0x5a, 0x7b}};
+
+struct Tally {
+    unsigned long cases = 0, runs = 0, failures = 0, tactics_absent = 0;
+};
+
+// A call whose failure leaves the device unusable.
+struct DeviceLost : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+std::string difference(const std::vector<Bytes>& a, const std::vector<Bytes>& b, const Case& made) {
+    for (size_t i = 0; i < a.size(); ++i) {
+        for (size_t byte = 0; byte < a[i].size(); ++byte) {
+            if (a[i][byte] != b[i][byte]) {
+                return "output " + std::to_string(i) + " at element " + std::to_string(byte / made.outputs[i].item());
+            }
+        }
+    }
+    return {};
+}
+
+std::string judge_all(const Case& made, const std::vector<Bytes>& outputs) {
+    for (size_t i = 0; i < outputs.size(); ++i) {
+        if (const std::string wrong = judge(made.outputs[i], outputs[i]); !wrong.empty()) {
+            return "output " + std::to_string(i) + ": " + wrong;
+        }
+    }
+    return {};
+}
+
+// Runs one case with the tactic that is set; `outputs` are the first run's.
+std::string run(Session& session, Arena& arena, const Case& made, std::vector<Bytes>& outputs, Tally& tally) {
+    const auto enqueue = [&] { return session.enqueue(arena.inputs(), arena.outputs(), arena.workspace(), stream()); };
+    for (int turn = 0; turn < 3; ++turn) {
+        const bool from_graph = turn == 2 && has_graphs();
+        const std::string which = turn == 0 ? "" : from_graph ? "from a graph: " : "run again: ";
+        std::string wrong = arena.prepare(kFillings[turn].guard, kFillings[turn].fill);
+        if (!wrong.empty()) {
+            throw DeviceLost(wrong);
+        }
+        if (from_graph) {
+            Graph graph;
+            wrong = graph.record(enqueue);
+            if (!wrong.empty()) {
+                return which + wrong;
+            }
+            wrong = graph.replay();
+            wrong = wrong.empty() ? wait() : wrong;
+        } else if (!enqueue()) {
+            return which + "enqueue fails";
+        } else {
+            wrong = wait();
+        }
+        ++tally.runs;
+        if (!wrong.empty()) {
+            throw DeviceLost(which + wrong);
+        }
+        std::vector<Bytes> got;
+        wrong = arena.collect(got);
+        if (wrong.empty() && (turn == 0 || made.runs_may_differ)) {
+            wrong = judge_all(made, got);
+        }
+        if (wrong.empty() && turn > 0 && !made.runs_may_differ) {
+            const std::string differs = difference(outputs, got, made);
+            wrong = differs.empty() ? "" : "not the first run's bytes: " + differs;
+        }
+        if (!wrong.empty()) {
+            return which + wrong;
+        }
+        if (turn == 0) {
+            outputs = std::move(got);
+        }
+    }
+    return {};
+}
+
+void write_outputs(std::FILE* to, const Case& made, int32_t tactic, const std::vector<Bytes>& outputs) {
+    const uint16_t length = static_cast<uint16_t>(made.name.size());
+    const uint32_t count = static_cast<uint32_t>(outputs.size());
+    std::fwrite(&length, sizeof(length), 1, to);
+    std::fwrite(made.name.data(), 1, length, to);
+    std::fwrite(&tactic, sizeof(tactic), 1, to);
+    std::fwrite(&count, sizeof(count), 1, to);
+    for (const Bytes& bytes : outputs) {
+        const uint64_t size = bytes.size();
+        std::fwrite(&size, sizeof(size), 1, to);
+        std::fwrite(bytes.data(), 1, bytes.size(), to);
+    }
+}
+
+void failed(const Options& options, const Case& made, const std::string& tactic, const std::string& what, Tally& tally) {
+    if (++tally.failures <= options.most_failures) {
+        std::printf("FAIL %s%s: %s\n", made.name.c_str(), tactic.c_str(), what.c_str());
+        std::fflush(stdout);
+    }
+}
+
+std::vector<int32_t> chosen(const Options& options, const Session& session, Tally& tally) {
+    if (options.every_tactic) {
+        return session.tactics();
+    }
+    for (const int32_t tactic : session.tactics()) {
+        if (tactic == options.tactic) {
+            return {tactic};
+        }
+    }
+    ++tally.tactics_absent;
+    return {};
+}
+
+void time_case(const Case& made, const std::string& tactic, Session& session, Stopwatch& stopwatch) {
+    Times times;
+    if (const std::string wrong = stopwatch.measure(session, times); !wrong.empty()) {
+        throw DeviceLost(wrong);
+    }
+    std::printf("TIME %s%s: %.3f us, least %.3f us (%zu calls on %zu copies)\n", made.name.c_str(), tactic.c_str(),
+                times.median, times.least, times.calls, times.copies);
+    std::fflush(stdout);
+}
+
+void take(const Options& options, const Library& library, const Case& made, Arena& arena, Stopwatch& stopwatch,
+          std::FILE* outputs_file, Tally& tally) {
+    Session session;
+    ++tally.cases;
+    if (const std::string wrong = session.open(library, made); !wrong.empty()) {
+        failed(options, made, "", wrong, tally);
+        return;
+    }
+    const std::string wrong = options.time ? stopwatch.prepare(made, session.workspace_size())
+                                           : arena.lay_out(made, session.workspace_size());
+    if (!wrong.empty()) {
+        failed(options, made, "", wrong, tally);
+        return;
+    }
+    for (const int32_t tactic : chosen(options, session, tally)) {
+        const std::string named = tactic == 0 ? "" : " (tactic " + std::to_string(tactic) + ")";
+        try {
+            std::string wrong = session.set_tactic(tactic);
+            if (wrong.empty() && options.time) {
+                time_case(made, named, session, stopwatch);
+            } else if (wrong.empty()) {
+                std::vector<Bytes> outputs;
+                wrong = run(session, arena, made, outputs, tally);
+                if (outputs_file != nullptr && !outputs.empty()) {
+                    write_outputs(outputs_file, made, tactic, outputs);
+                }
+            }
+            if (!wrong.empty()) {
+                failed(options, made, named, wrong, tally);
+            }
+        } catch (const DeviceLost& lost) {
+            failed(options, made, named, lost.what(), tally);
+            throw DeviceLost("the device cannot be used any more: the cases behind this one did not run");
+        }
+    }
+}
+
+int run_all(const Options& options) {
+    const Library library(options.library);
+    Reader reader(options.cases);
+    std::string device;
+    if (const std::string wrong = open_device(device); !wrong.empty()) {
+        throw std::runtime_error(wrong);
+    }
+    if (options.time && !has_graphs()) {
+        throw std::runtime_error("--time needs a GPU, and this program was built without CUDA");
+    }
+    std::printf("on %s; %s\n", device.c_str(), library.build_info().c_str());
+    std::FILE* outputs_file = options.outputs.empty() ? nullptr : std::fopen(options.outputs.c_str(), "wb");
+    if (!options.outputs.empty() && outputs_file == nullptr) {
+        throw std::runtime_error(options.outputs + " cannot be written");
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    Tally tally;
+    Stopwatch stopwatch;
+    if (options.time) {
+        double rate = 0;
+        if (const std::string wrong = stopwatch.copy_rate(rate); !wrong.empty()) {
+            throw std::runtime_error(wrong);
+        }
+        std::printf("COPY %.1f GB/s, read and written\n", rate / 1e9);
+    }
+    int status = 0;
+    try {
+        Arena arena;
+        Case made;
+        for (unsigned long seen = 0; reader.next(made);) {
+            if (made.name.find(options.only) != std::string::npos && seen++ % options.every == 0) {
+                take(options, library, made, arena, stopwatch, outputs_file, tally);
+            }
+        }
+    } catch (const DeviceLost& lost) {
+        std::printf("%s\n", lost.what());
+    }
+    if (outputs_file != nullptr && std::fclose(outputs_file) != 0) {
+        throw std::runtime_error(options.outputs + " cannot be written");
+    }
+    if (tally.cases == 0) {
+        std::printf("there is no such case\n");
+        status = 1;
+    }
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+    const std::string absent = tally.tactics_absent == 0
+                                   ? ""
+                                   : ", " + std::to_string(tally.tactics_absent) + " cases do not have the tactic";
+    std::printf("%lu cases, %lu runs%s, %lu failures, %.1f s\n", tally.cases, tally.runs, absent.c_str(),
+                tally.failures, took.count());
+    if (!options.time && tally.runs == 0) {
+        std::printf("nothing has run\n");
+        status = 1;
+    }
+    return tally.failures == 0 ? status : 1;
+}
+
+unsigned long whole(const char* text) {
+    char* end = nullptr;
+    const unsigned long value = std::strtoul(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end != '\0') {
+        throw std::runtime_error(std::string(text) + " is no number");
+    }
+    return value;
+}
+
+Options parse(int argc, char** argv) {
+    Options options;
+    std::vector<std::string> paths;
+    for (int i = 1; i < argc; ++i) {
+        const std::string option = argv[i];
+        const auto value = [&] {
+            if (i + 1 == argc) {
+                throw std::runtime_error(option + " needs a value");
+            }
+            return argv[++i];
+        };
+        if (option == "--tactic") {
+            options.tactic = static_cast<int32_t>(whole(value()));
+        } else if (option == "--every-tactic") {
+            options.every_tactic = true;
+        } else if (option == "--time") {
+            options.time = true;
+        } else if (option == "--only") {
+            options.only = value();
+        } else if (option == "--every") {
+            options.every = std::max(1ul, whole(value()));
+        } else if (option == "--outputs") {
+            options.outputs = value();
+        } else if (option == "--most-failures") {
+            options.most_failures = whole(value());
+        } else if (option.rfind("--", 0) == 0) {
+            throw std::runtime_error("there is no option " + option);
+        } else {
+            paths.push_back(option);
+        }
+    }
+    if (paths.size() != 2) {
+        throw std::runtime_error("give a plugin library and a file of cases");
+    }
+    options.library = paths[0];
+    options.cases = paths[1];
+    return options;
+}
+
+}  // namespace
+}  // namespace conformance
+
+int main(int argc, char** argv) {
+    try {
+        return conformance::run_all(conformance::parse(argc, argv));
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "shuntyard_conformance: %s\n", error.what());
+        return 2;
+    }
+}
