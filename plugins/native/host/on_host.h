@@ -54,6 +54,7 @@ struct Shape {
 struct Device {
     int capability;
     int multiprocessors;
+    int code = 90;
 };
 
 // The device that is emulated; tests set it (emulator.cpp, test_device).

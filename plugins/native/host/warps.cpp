@@ -1,0 +1,225 @@
+// FOR TESTS ONLY: what the lanes of a warp do together. See emulator.h.
+#include <vector>
+
+#include "host/machine.h"
+
+namespace shuntyard {
+namespace emulated {
+namespace {
+
+const Operation kSyncWarp{"sync_warp"}, kShuffle{"shuffle"}, kShuffleXor{"shuffle_xor"}, kShuffleUp{"shuffle_up"},
+    kBallot{"ballot"}, kMatchAny{"match_any"}, kMore{"more_registers"}, kFewer{"fewer_registers"};
+const Operation kMultiply[] = {{"multiply<kHalf>"}, {"multiply<kBfloat>"}, {"multiply<kE4m3>"}};
+
+struct Exchange {
+    uint32_t value;
+    int other;  // lane, mask or delta
+    uint32_t result;
+};
+
+Exchange& exchange_of(Warp& warp, int lane) { return *static_cast<Exchange*>(warp.arguments[lane]); }
+
+struct Fragments {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+
+void unpack(Operand operand, uint32_t word, float* values) {
+    const auto half = [&](int i) { return static_cast<uint16_t>(word >> 16 * i); };
+    switch (operand) {
+        case Operand::kHalf:
+            values[0] = half_values()[half(0)];
+            values[1] = half_values()[half(1)];
+            break;
+        case Operand::kBfloat:
+            values[0] = to_float(Bfloat{half(0)});
+            values[1] = to_float(Bfloat{half(1)});
+            break;
+        case Operand::kE4m3:
+            for (int i = 0; i < 4; ++i) {
+                values[i] = to_float(E4m3{static_cast<uint8_t>(word >> 8 * i)});
+            }
+            break;
+    }
+}
+
+template <Operand kOperand>
+void multiply_warp(Warp& warp) {
+    constexpr int kWord = kOperand == Operand::kE4m3 ? 4 : 2;  // numbers of a register
+    constexpr int kDepth = 8 * kWord;
+    float a[16][kDepth], b[kDepth][8], d[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const Fragments& own = *static_cast<Fragments*>(warp.arguments[lane]);
+        const int g = lane / 4, t = lane % 4;
+        for (int half = 0; half < 2; ++half) {
+            const int k = kWord * (t + 4 * half);
+            unpack(kOperand, own.a[2 * half], &a[g][k]);
+            unpack(kOperand, own.a[2 * half + 1], &a[g + 8][k]);
+            float values[kWord];
+            unpack(kOperand, own.b[half], values);
+            for (int i = 0; i < kWord; ++i) {
+                b[k + i][g] = values[i];
+            }
+            d[g + 8 * half][2 * t] = own.d[2 * half];
+            d[g + 8 * half][2 * t + 1] = own.d[2 * half + 1];
+        }
+    }
+    for (int row = 0; row < 16; ++row) {
+        for (int k = 0; k < kDepth; ++k) {
+            for (int column = 0; column < 8; ++column) {
+                d[row][column] += a[row][k] * b[k][column];
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        const Fragments& own = *static_cast<Fragments*>(warp.arguments[lane]);
+        const int g = lane / 4, t = lane % 4;
+        for (int half = 0; half < 2; ++half) {
+            own.d[2 * half] = d[g + 8 * half][2 * t];
+            own.d[2 * half + 1] = d[g + 8 * half][2 * t + 1];
+        }
+    }
+}
+
+void nothing(Warp&) {}
+
+}  // namespace
+
+const float* half_values() {
+    static const std::vector<float> values = [] {
+        std::vector<float> all(1 << 16);
+        for (uint32_t i = 0; i < all.size(); ++i) {
+            all[i] = to_float(Half{static_cast<uint16_t>(i)});
+        }
+        return all;
+    }();
+    return values.data();
+}
+
+void with_warp(const Operation& operation, void* argument, void (*act)(Warp& warp)) {
+    Fiber& fiber = self(operation.name);
+    Warp& warp = *fiber.warp;
+    if (warp.exited > 0) {
+        fail("it comes to %s after another lane of its warp has exited", operation.name);
+    }
+    if (warp.arrived > 0 && warp.operation != &operation) {
+        fail("it comes to %s while other lanes of its warp are in %s", operation.name, warp.operation->name);
+    }
+    warp.operation = &operation;
+    warp.arguments[fiber.thread % 32] = argument;
+    if (++warp.arrived < 32) {
+        wait_as(operation.name);
+        return;
+    }
+    act(warp);
+    warp.arrived = 0;
+    for (Fiber* other : warp.fibers) {
+        if (other != &fiber) {
+            make_ready(*other);
+        }
+    }
+    maybe_yield();
+}
+
+}  // namespace emulated
+
+using namespace emulated;
+
+void sync_warp() { with_warp(kSyncWarp, nullptr, nothing); }
+void more_registers() { with_warp(kMore, nullptr, nothing); }
+void fewer_registers() { with_warp(kFewer, nullptr, nothing); }
+
+uint32_t shuffle(uint32_t value, int lane) {
+    Exchange own{value, lane, 0};
+    with_warp(kShuffle, &own, [](Warp& warp) {
+        for (int i = 0; i < 32; ++i) {
+            exchange_of(warp, i).result = exchange_of(warp, exchange_of(warp, i).other & 31).value;
+        }
+    });
+    return own.result;
+}
+
+uint32_t shuffle_xor(uint32_t value, int mask) {
+    Exchange own{value, mask, 0};
+    with_warp(kShuffleXor, &own, [](Warp& warp) {
+        for (int i = 0; i < 32; ++i) {
+            exchange_of(warp, i).result = exchange_of(warp, (i ^ exchange_of(warp, i).other) & 31).value;
+        }
+    });
+    return own.result;
+}
+
+int32_t shuffle_up(int32_t value, int delta) {
+    Exchange own{static_cast<uint32_t>(value), delta, 0};
+    with_warp(kShuffleUp, &own, [](Warp& warp) {
+        for (int i = 0; i < 32; ++i) {
+            const int from = i - exchange_of(warp, i).other;
+            exchange_of(warp, i).result = exchange_of(warp, from >= 0 && from < 32 ? from : i).value;
+        }
+    });
+    return static_cast<int32_t>(own.result);
+}
+
+uint32_t ballot(bool value) {
+    Exchange own{value, 0, 0};
+    with_warp(kBallot, &own, [](Warp& warp) {
+        uint32_t all = 0;
+        for (int i = 0; i < 32; ++i) {
+            all |= exchange_of(warp, i).value << i;
+        }
+        for (int i = 0; i < 32; ++i) {
+            exchange_of(warp, i).result = all;
+        }
+    });
+    return own.result;
+}
+
+uint32_t match_any(uint32_t value) {
+    Exchange own{value, 0, 0};
+    with_warp(kMatchAny, &own, [](Warp& warp) {
+        for (int i = 0; i < 32; ++i) {
+            uint32_t same = 0;
+            for (int j = 0; j < 32; ++j) {
+                same |= uint32_t{exchange_of(warp, i).value == exchange_of(warp, j).value} << j;
+            }
+            exchange_of(warp, i).result = same;
+        }
+    });
+    return own.result;
+}
+
+void multiply_fragments(Operand operand, float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    Fragments own{d, a, {b0, b1}};
+    constexpr void (*kActs[])(Warp&) = {multiply_warp<Operand::kHalf>, multiply_warp<Operand::kBfloat>,
+                                        multiply_warp<Operand::kE4m3>};
+    const int which = static_cast<int>(operand);
+    with_warp(kMultiply[which], &own, kActs[which]);
+}
+
+void shared_max(int32_t* place, int32_t value) {
+    Fiber& fiber = self("shared_max");
+    offset_in_shared(*fiber.block, place, sizeof(*place), "shared_max");
+    maybe_yield();
+    *place = *place > value ? *place : value;
+}
+
+Quad load(const void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+        fail("a load of 16 bytes from %p", address);
+    }
+    Quad q;
+    memcpy(&q, address, sizeof(q));
+    return q;
+}
+
+Quad load_once(const void* address) { return load(address); }
+
+void store(void* address, const Quad& q) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+        fail("a store of 16 bytes to %p", address);
+    }
+    memcpy(address, &q, sizeof(q));
+}
+
+}  // namespace shuntyard
