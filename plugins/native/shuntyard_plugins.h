@@ -89,17 +89,42 @@ enum {
     SHUNTYARD_MAX_EXPERTS = 512
 };
 
+// Which kernels compute the experts. All give what contract.py says, to the tolerance of the format.
+enum shuntyard_tactic {
+    SHUNTYARD_BY_SHAPE = 0,  // one of the others, by a table
+    SHUNTYARD_PLAIN = 1,     // any form and extents, any device
+    SHUNTYARD_DIRECT_8 = 2,  // mma, compute capability 8.9 and later; weights go straight into registers; so many tokens a tile
+    SHUNTYARD_DIRECT_16 = 3,
+    SHUNTYARD_DIRECT_32 = 4,
+    SHUNTYARD_DIRECT_64 = 5,
+    SHUNTYARD_HOPPER_64 = 6,  // TMA and wgmma, compute capability 9.0; so many rows a tile
+    SHUNTYARD_HOPPER_128 = 7,
+    SHUNTYARD_LAST_TACTIC = SHUNTYARD_HOPPER_128,
+};
+
+// What a tactic is called. Never null.
+SHUNTYARD_API const char* shuntyard_tactic_name(int tactic);
+
+// The tactics that compute such a call on the current device, if all pointers are multiples of 16: at most
+// SHUNTYARD_LAST_TACTIC of them are written to `tactics`, and counted. Lists of weights are not looked at.
+SHUNTYARD_API int shuntyard_moe_experts_tactics(int x_type, const struct shuntyard_expert_weights* weights,
+                                                int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,
+                                                int64_t intermediate, int32_t* tactics);
+
 // x [T, H], scores f32 [T*K], expert_offsets i32 [E+1], permutation i32 [T*K], weights -> rows [T*K, H] of x's type.
-// The workspace holds these arrays, each padded to a multiple of 256 bytes: scaled inputs [T*K, H] and hidden rows
-// [T*K, F] of x's type; if activations are quantised, the E4M3 codes of both, of 1 byte each; codes of the inputs once
-// more if static, for up (gate and up may have scales of their own); f32 [T*K], the factors, if dynamic. 0 bytes for
-// extents or activations that cannot be.
+// SHUNTYARD_UNSUPPORTED_TACTIC if the tactic does not compute such a call; BY_SHAPE always does.
+// The workspace is on the device and a multiple of 256. It holds these arrays, each padded to a multiple of 256 bytes:
+// scaled inputs [T*K, H] of x's type, unless activations are quantised; hidden rows [T*K, F] of x's type; if
+// activations are quantised, the E4M3 codes of both, of 1 byte each; codes of the inputs once more if static, for up
+// (gate and up may have scales of their own); f32 [T*K], the factors, if dynamic; unless x is fp32, 192 KiB of
+// descriptors. 0 bytes for extents or activations that cannot be.
 SHUNTYARD_API size_t shuntyard_moe_experts_workspace(int x_type, int activations, int64_t tokens, int64_t top_k,
                                                      int64_t hidden, int64_t intermediate);
 SHUNTYARD_API int shuntyard_moe_experts(int x_type, const struct shuntyard_expert_weights* weights, const void* x,
                                         const float* scores, const int32_t* expert_offsets, const int32_t* permutation,
                                         void* rows, int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,
-                                        int64_t intermediate, void* workspace, size_t workspace_size, void* stream);
+                                        int64_t intermediate, int tactic, void* workspace, size_t workspace_size,
+                                        void* stream);
 
 // base [T, H], rows [T*K, H], permutation i32 [T*K] -> out [T, H]. out may be base.
 SHUNTYARD_API size_t shuntyard_moe_scatter_add_workspace(int64_t tokens, int64_t top_k);

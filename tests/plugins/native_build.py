@@ -27,7 +27,8 @@ from tests.plugins.test_faces import logits_of, oracle, sizes
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "plugins" / "native"
 
-OK, INVALID_ARGUMENT, WORKSPACE_TOO_SMALL, NO_KERNELS = 0, -1, -2, -3  # of shuntyard_plugins.h
+OK, INVALID_ARGUMENT, WORKSPACE_TOO_SMALL, NO_KERNELS, UNSUPPORTED_TACTIC = 0, -1, -2, -3, -4  # of shuntyard_plugins.h
+BY_SHAPE, PLAIN_TACTIC, DIRECT_8, DIRECT_16, DIRECT_32, DIRECT_64, HOPPER_64, HOPPER_128 = range(8)  # tactics
 TYPE_CODES = {
     np.dtype(np.float32): 0,
     np.dtype(np.float16): 1,
@@ -197,14 +198,16 @@ class Native:
         sizes: tuple[int, ...],
         workspace: Fenced,
         weights: ExpertWeights | None = None,
+        tactic: int = BY_SHAPE,
     ) -> int:
-        """The call itself; returns its status."""
+        """The call itself; returns its status. Only experts, who have weights, have tactics."""
         function = getattr(self.library, f"shuntyard_{name}")
         status: int = function(
             *map(ctypes.c_int, types),
             *([] if weights is None else [ctypes.byref(weights)]),
             *(ctypes.c_void_p(tensor.address) for tensor in tensors),
             *map(ctypes.c_int64, sizes),
+            *([] if weights is None else [ctypes.c_int(tactic)]),
             ctypes.c_void_p(workspace.address),
             ctypes.c_size_t(workspace.bytes.size),
             None,
@@ -222,6 +225,7 @@ class Native:
         sizes: tuple[int, ...],
         memory: Memory,
         made: Weights | None = None,
+        tactic: int = BY_SHAPE,
     ) -> tuple[int, list[Array]]:
         """Status and outputs of a call whose workspace has just the size asked for; inputs must stay as they are."""
         read = [*inputs, *(made.arrays if made is not None else [])]
@@ -236,7 +240,7 @@ class Native:
         activations = 0 if weights is None else weights.activations
         size = self.workspace_size(name, types, sizes, activations) - memory.missing
         workspace = Fenced(size, memory.fill, memory.at_start)
-        status = self.launch(name, types, [*given[: len(inputs)], *results], sizes, workspace, weights)
+        status = self.launch(name, types, [*given[: len(inputs)], *results], sizes, workspace, weights, tactic)
         for before, after in zip(read, given, strict=True):
             assert np.ascontiguousarray(before).tobytes() == after.bytes.tobytes(), "an input was changed"
         return status, [m.array(shape, dtype) for m, (shape, dtype) in zip(results, outputs, strict=True)]
@@ -248,14 +252,16 @@ class Native:
         outputs = [((rows,), np.float32), ((experts + 1,), np.int32), ((rows,), np.int32)]
         return self.call("moe_routing", (), [logits], outputs, (tokens, experts, top_k), memory)
 
-    def experts(self, feeds: dict[str, Array], made: Weights, top_k: int, memory: Memory = PLAIN) -> tuple[int, Array]:
+    def experts(
+        self, feeds: dict[str, Array], made: Weights, top_k: int, memory: Memory = PLAIN, tactic: int = BY_SHAPE
+    ) -> tuple[int, Array]:
         """``ShuntyardMoeExperts``: status and rows."""
         tokens, hidden = feeds["x"].shape
         experts, width = made.form.experts, made.width
         sizes = (tokens, experts, top_k, hidden, width)
         outputs = [((tokens * top_k, hidden), feeds["x"].dtype)]
         types = (TYPE_CODES[feeds["x"].dtype],)
-        status, (rows,) = self.call("moe_experts", types, list(feeds.values()), outputs, sizes, memory, made)
+        status, (rows,) = self.call("moe_experts", types, list(feeds.values()), outputs, sizes, memory, made, tactic)
         return status, rows
 
     def scatter_add(self, feeds: dict[str, Array], top_k: int, memory: Memory = PLAIN) -> tuple[int, Array]:

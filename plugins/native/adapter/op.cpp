@@ -26,8 +26,8 @@ size_t routing_workspace(const Sizes& s, DataType, int) {
     return shuntyard_moe_routing_workspace(s[Extent::kTokens], s[Extent::kExperts], s.top_k);
 }
 
-int launch_routing(const Sizes& s, DataType, const shuntyard_expert_weights&, const void* const* in, void* const* out,
-                   void* workspace, size_t workspace_size, void* stream) {
+int launch_routing(const Sizes& s, DataType, const shuntyard_expert_weights&, int, const void* const* in,
+                   void* const* out, void* workspace, size_t workspace_size, void* stream) {
     return shuntyard_moe_routing(static_cast<const float*>(in[0]), static_cast<float*>(out[0]),
                                  static_cast<int32_t*>(out[1]), static_cast<int32_t*>(out[2]), s[Extent::kTokens],
                                  s[Extent::kExperts], s.top_k, workspace, workspace_size, stream);
@@ -38,19 +38,19 @@ size_t experts_workspace(const Sizes& s, DataType x_type, int activations) {
                                            s[Extent::kHidden], s[Extent::kIntermediate]);
 }
 
-int launch_experts(const Sizes& s, DataType x_type, const shuntyard_expert_weights& weights, const void* const* in,
-                   void* const* out, void* workspace, size_t workspace_size, void* stream) {
+int launch_experts(const Sizes& s, DataType x_type, const shuntyard_expert_weights& weights, int tactic,
+                   const void* const* in, void* const* out, void* workspace, size_t workspace_size, void* stream) {
     return shuntyard_moe_experts(type_code(x_type), &weights, in[0], static_cast<const float*>(in[1]),
                                  static_cast<const int32_t*>(in[2]), static_cast<const int32_t*>(in[3]), out[0],
                                  s[Extent::kTokens], s[Extent::kExperts], s.top_k, s[Extent::kHidden],
-                                 s[Extent::kIntermediate], workspace, workspace_size, stream);
+                                 s[Extent::kIntermediate], tactic, workspace, workspace_size, stream);
 }
 
 size_t scatter_add_workspace(const Sizes& s, DataType, int) {
     return shuntyard_moe_scatter_add_workspace(s[Extent::kTokens], s.top_k);
 }
 
-int launch_scatter_add(const Sizes& s, DataType x_type, const shuntyard_expert_weights&, const void* const* in,
+int launch_scatter_add(const Sizes& s, DataType x_type, const shuntyard_expert_weights&, int, const void* const* in,
                        void* const* out, void* workspace, size_t workspace_size, void* stream) {
     return shuntyard_moe_scatter_add(type_code(x_type), in[0], in[1], static_cast<const int32_t*>(in[2]), out[0],
                                      s[Extent::kTokens], s.top_k, s[Extent::kHidden], workspace, workspace_size,

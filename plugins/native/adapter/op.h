@@ -62,7 +62,7 @@ struct Op {
     std::vector<const char*> attributes;
     bool has_weights;
     size_t (*workspace)(const Sizes& sizes, nvinfer1::DataType x_type, int activations);
-    int (*launch)(const Sizes& sizes, nvinfer1::DataType x_type, const shuntyard_expert_weights& weights,
+    int (*launch)(const Sizes& sizes, nvinfer1::DataType x_type, const shuntyard_expert_weights& weights, int tactic,
                   const void* const* inputs, void* const* outputs, void* workspace, size_t workspace_size,
                   void* stream);
 };

@@ -115,6 +115,16 @@ const IDimensionExpr* expression_of(Extent extent, const Op& op, int32_t top_k, 
     return builder.operation(DimensionOperation::kSUM, *experts, *builder.constant(1));
 }
 
+// What a plugin's time depends on, but for its tensors: which code it is, and its attributes.
+std::string cache_id(const Op& op, const Attributes& attributes) {
+    std::string id = std::string(op.name) + " " + shuntyard_build_info() + " top_k " + std::to_string(attributes.top_k);
+    if (op.has_weights) {
+        id += " experts " + std::to_string(attributes.experts) + " " + attributes.layout->name + " group_size " +
+              std::to_string(attributes.group_size) + " activations " + attributes.activations->name;
+    }
+    return id;
+}
+
 }  // namespace
 
 PluginField field_of(const char* name, const Attributes* attributes) {
@@ -138,6 +148,7 @@ PluginField field_of(const char* name, const Attributes* attributes) {
 
 Plugin::Plugin(const Op& op, const Attributes& attributes)
     : signature_(op, attributes),
+      timing_cache_id_(cache_id(op, attributes)),
       stored_fields_{{"format_version", &format_version_, PluginFieldType::kINT32, 1}},
       stored_{static_cast<int32_t>(1 + op.attributes.size()), stored_fields_} {
     for (size_t i = 0; i < op.attributes.size(); ++i) {
@@ -172,7 +183,9 @@ PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
 
 IPluginV3* Plugin::clone() noexcept {
     try {
-        return new Plugin(signature_.op(), signature_.attributes());
+        Plugin* copy = new Plugin(signature_.op(), signature_.attributes());
+        copy->tactic_ = tactic_;
+        return copy;
     } catch (const std::exception& error) {
         refuse(std::string("cannot be cloned: ") + error.what());
         return nullptr;
@@ -263,6 +276,14 @@ size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t nb_in
     return signature_.op().workspace(largest, in[0].desc.type, signature_.attributes().activations_code());
 }
 
+int32_t Plugin::setTactic(int32_t tactic) noexcept {
+    if (tactic < SHUNTYARD_BY_SHAPE || tactic > SHUNTYARD_LAST_TACTIC) {
+        return refuse("there is no tactic " + std::to_string(tactic));
+    }
+    tactic_ = tactic;
+    return 0;
+}
+
 int32_t Plugin::onShapeChange(PluginTensorDesc const* in, int32_t nb_inputs, PluginTensorDesc const* out,
                               int32_t nb_outputs) noexcept {
     std::string wrong = signature_.count_problem(nb_inputs, nb_outputs);
@@ -299,7 +320,7 @@ int32_t Plugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc con
                    activation_scale < nb_inputs ? inputs + activation_scale : nullptr};
     }
     const DataType x_type = input_desc[0].type;
-    const int status = op.launch(agreed.sizes, x_type, weights, inputs, outputs, workspace,
+    const int status = op.launch(agreed.sizes, x_type, weights, tactic_, inputs, outputs, workspace,
                                  op.workspace(agreed.sizes, x_type, activations), static_cast<void*>(stream));
     return status == SHUNTYARD_OK ? 0 : refuse(std::string("does not run: ") + shuntyard_status_text(status));
 }

@@ -45,6 +45,12 @@ class Plugin final : public nvinfer1::IPluginV3,
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                             nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const noexcept override;
 
+    // No tactics are offered (getNbTactics() is 0): the builder would time them on offsets of arbitrary content, that
+    // is, on a routing that does not exist. Kernels are chosen at every call, by its shape.
+    char const* getTimingCacheID() noexcept override { return timing_cache_id_.c_str(); }
+
+    // Of shuntyard_tactic; for whoever knows better than the table, and for tests.
+    int32_t setTactic(int32_t tactic) noexcept override;
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nb_inputs,
                           nvinfer1::PluginTensorDesc const* out, int32_t nb_outputs) noexcept override;
     int32_t enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1::PluginTensorDesc const* output_desc,
@@ -58,6 +64,8 @@ class Plugin final : public nvinfer1::IPluginV3,
     int32_t refuse(const std::string& what) const noexcept;
 
     const Signature signature_;
+    const std::string timing_cache_id_;
+    int32_t tactic_ = SHUNTYARD_BY_SHAPE;
     const int32_t format_version_ = kFormatVersion;
     nvinfer1::PluginField stored_fields_[1 + kMaxAttributes];
     nvinfer1::PluginFieldCollection stored_;

@@ -374,6 +374,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         hopper_sum<C>(product, ring, group, sums);
         hopper_finish<C>(product, scales, place, group, sums);
     }
+#elif defined(__CUDA_ARCH__)
+    __trap();  // never launched there
 #endif
 }
 

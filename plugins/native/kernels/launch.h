@@ -80,27 +80,15 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Argu
     return launch_shaped(kernel, shape, stream, packed, std::index_sequence_for<Parameters...>{});
 }
 
-// What kernels are chosen by. Neither waits for the device, and both may be asked while a graph is captured.
+// What kernels are chosen by.
 struct Device {
-    int capability;       // 10 * major + minor
+    int capability;  // 10 * major + minor
     int multiprocessors;
+    int code;  // the architecture that this library's code was compiled for, where a driver may have compiled it again
 };
 
-inline int current_device(Device& device) {
-    int number = 0, major = 0, minor = 0;
-    int status = cudaGetDevice(&number);
-    if (status == cudaSuccess) {
-        status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
-    }
-    if (status == cudaSuccess) {
-        status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, number);
-    }
-    if (status == cudaSuccess) {
-        status = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number);
-    }
-    device.capability = 10 * major + minor;
-    return status;
-}
+// Of the device that is current. Waits for nothing, and may be asked while a graph is captured.
+int current_device(Device& device);
 
 }  // namespace shuntyard
 #else

@@ -55,25 +55,24 @@ bool valid_activations(const shuntyard_expert_weights& weights) {
         case SHUNTYARD_AS_THEY_ARE: return true;
         case SHUNTYARD_DYNAMIC: return weights.type == SHUNTYARD_E4M3;
         case SHUNTYARD_STATIC:
-            return weights.type == SHUNTYARD_E4M3 && valid_type(weights.activation_scale_type) &&
-                   weights.activation_scales != nullptr;
+            return weights.type == SHUNTYARD_E4M3 && valid_type(weights.activation_scale_type);
         default: return false;
     }
 }
 
 }  // namespace
 
-bool valid_weights(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate) {
+bool valid_form(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate) {
     if (!valid_activations(weights)) {
         return false;
     }
-    if (weights.layout < SHUNTYARD_FUSED || weights.layout > SHUNTYARD_LINEAR || weights.weights == nullptr) {
+    if (weights.layout < SHUNTYARD_FUSED || weights.layout > SHUNTYARD_LINEAR) {
         return false;
     }
     if (weights.scaling == SHUNTYARD_UNSCALED) {
         return valid_type(weights.type);
     }
-    if (!valid_type(weights.scale_type) || weights.scales == nullptr) {
+    if (!valid_type(weights.scale_type)) {
         return false;
     }
     if (weights.scaling != SHUNTYARD_PER_GROUP) {
@@ -84,6 +83,17 @@ bool valid_weights(const shuntyard_expert_weights& weights, int64_t hidden, int6
     return weights.type == SHUNTYARD_INT4 && weights.layout == SHUNTYARD_LINEAR && group >= 1 &&
            hidden % kInt4Values == 0 && hidden % group == 0 && intermediate % kInt4Values == 0 &&
            intermediate % group == 0;
+}
+
+bool valid_weights(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate) {
+    return valid_form(weights, hidden, intermediate) && weights.weights != nullptr &&
+           (weights.scaling == SHUNTYARD_UNSCALED || weights.scales != nullptr) &&
+           (weights.activations != SHUNTYARD_STATIC || weights.activation_scales != nullptr);
+}
+
+void fill_strides(ExpertMatrices& matrices, const shuntyard_expert_weights& weights, int64_t hidden,
+                  int64_t intermediate) {
+    fill(matrices, weights, 0, hidden, intermediate);
 }
 
 void fill(ExpertMatrices& matrices, const shuntyard_expert_weights& weights, int64_t experts, int64_t hidden,

@@ -94,10 +94,13 @@ struct ExpertMatrices {
     Matrices gate, up, down;
 };
 
-// Whether there are weights of such a form.
+// Whether there are weights of such a form; and whether their lists are there.
+bool valid_form(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate);
 bool valid_weights(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate);
 
-// Fills the tables from valid weights.
+// Fills the tables from a valid form, but for addresses; and from valid weights.
+void fill_strides(ExpertMatrices& matrices, const shuntyard_expert_weights& weights, int64_t hidden,
+                  int64_t intermediate);
 void fill(ExpertMatrices& matrices, const shuntyard_expert_weights& weights, int64_t experts, int64_t hidden,
           int64_t intermediate);
 

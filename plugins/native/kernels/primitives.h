@@ -118,17 +118,26 @@ __device__ inline uint32_t pack<Half>(float low, float high) {
 }
 template <>
 __device__ inline uint32_t pack<Bfloat>(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    return from_float<Bfloat>(low).bits | uint32_t{from_float<Bfloat>(high).bits} << 16;
+#else
     uint32_t both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+#endif
 }
 
 // Two E4M3 numbers in 16 bits, exactly.
 __device__ inline void unpack_e4m3(uint32_t both, float& low, float& high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+    low = to_float(E4m3{static_cast<uint8_t>(both)});
+    high = to_float(E4m3{static_cast<uint8_t>(both >> 8)});
+#else
     uint32_t halves;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(both)));
     low = to_float(Half{static_cast<uint16_t>(halves)});
     high = to_float(Half{static_cast<uint16_t>(halves >> 16)});
+#endif
 }
 
 // -- tensor cores, a warp at a time: d += a [16, k] * b [k, 8]
@@ -141,6 +150,7 @@ __device__ inline void unpack_e4m3(uint32_t both, float& low, float& high) {
 template <Operand kOperand>
 __device__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
 #define SHUNTYARD_MMA(kind, shape, types)                                                                            \
     template <>                                                                                                      \
     __device__ inline void multiply<Operand::kind>(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {  \
@@ -149,6 +159,11 @@ __device__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                \
     }
+#else  // older than all of them: never launched there
+#define SHUNTYARD_MMA(kind, shape, types)                                                                           \
+    template <>                                                                                                     \
+    __device__ inline void multiply<Operand::kind>(float(&)[4], const uint32_t(&)[4], uint32_t, uint32_t) { __trap(); }
+#endif
 SHUNTYARD_MMA(kHalf, "m16n8k16", "f16.f16")
 SHUNTYARD_MMA(kBfloat, "m16n8k16", "bf16.bf16")
 SHUNTYARD_MMA(kE4m3, "m16n8k32", "e4m3.e4m3")

@@ -1,0 +1,52 @@
+// One call of the experts op, as its families of kernels share it.
+#pragma once
+
+#include "kernels/matrices.h"
+#include "kernels/prepare.h"
+
+namespace shuntyard {
+
+struct Experts {
+    const void* x;
+    const float* scores;
+    const int32_t* expert_offsets;
+    const int32_t* permutation;
+    void* rows;
+    int x_type, weight_type, layout, scaling, activations;
+    int64_t group_size;
+    int64_t tokens, all_rows, experts, top_k, width, intermediate;  // width is H
+    void* stream;
+    Device device;
+
+    // Within the workspace; null where the form does not have it.
+    void* scaled;        // X [T*K, H]: inputs, gathered and scaled
+    void* hidden;        // X [T*K, F]
+    E4m3* gate_codes;    // [T*K, H]: of the inputs
+    E4m3* up_codes;      // the same array as gate_codes, unless scales are given
+    E4m3* hidden_codes;  // [T*K, F]
+    float* factors;      // f32 [T*K]: of the inputs, later of hidden rows
+    TensorMap* maps;     // [3E]
+
+    ExpertMatrices matrices;
+};
+
+// What becomes of the inputs before the first product.
+enum class Inputs { kScaled, kCodes };
+
+// One launch: the inputs, gathered, scaled and maybe quantised; rows of no expert are NaN in the result. With maps,
+// descriptors of all weights, too.
+int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps = nullptr);
+
+// One launch: hidden rows as codes.
+int prepare_hidden(const Experts& call);
+
+// The families. `takes` says whether there are kernels for the form and the extents on this device.
+int run_plain(const Experts& call);
+
+bool direct_takes(const Experts& call, int tokens_of_tile);
+int run_direct(const Experts& call, int tokens_of_tile);
+
+bool hopper_takes(const Experts& call);
+int run_hopper(const Experts& call, int rows_of_tile);
+
+}  // namespace shuntyard

@@ -1,0 +1,89 @@
+#include "kernels/tactics.h"
+
+namespace shuntyard {
+namespace {
+
+// One line: for at most so many rows (T*K), and so many rows an expert if they are spread evenly, this tactic.
+struct Line {
+    int64_t rows, rows_of_expert;
+    int tactic;
+};
+
+constexpr int64_t kAny = INT64_MAX;
+
+// The first line that fits and that the call's form has kernels for; `plain` always does.
+//
+// Worked out, not yet measured. Decoding reads each expert's weights once, so what counts is how many bytes are on
+// their way: `direct` cuts weights finely enough for all multiprocessors even where one expert is all there is. From
+// some rows on there are tiles enough for everyone, and TMA keeps 200 KiB a multiprocessor on their way; 64 rows a tile
+// multiply fewer in vain, 128 read each weight half as often. bench/moe_kernels.py times every tactic.
+constexpr Line kTable[] = {
+    {8, kAny, SHUNTYARD_DIRECT_8},
+    {kAny, 80, SHUNTYARD_HOPPER_64},
+    {kAny, kAny, SHUNTYARD_HOPPER_128},
+    // Where Hopper's kernels are none:
+    {kAny, 8, SHUNTYARD_DIRECT_8},
+    {kAny, 16, SHUNTYARD_DIRECT_16},
+    {kAny, 32, SHUNTYARD_DIRECT_32},
+    {kAny, kAny, SHUNTYARD_DIRECT_64},
+    {kAny, kAny, SHUNTYARD_DIRECT_32},
+    {kAny, kAny, SHUNTYARD_DIRECT_16},
+    {kAny, kAny, SHUNTYARD_PLAIN},
+};
+
+struct Tactic {
+    const char* name;
+    enum { kTable, kPlain, kDirect, kHopper } family;
+    int tile;
+};
+
+// By their numbers.
+constexpr Tactic kTactics[] = {
+    {"by shape", Tactic::kTable, 0},
+    {"plain", Tactic::kPlain, 0},
+    {"direct, 8 tokens a tile", Tactic::kDirect, 8},
+    {"direct, 16 tokens a tile", Tactic::kDirect, 16},
+    {"direct, 32 tokens a tile", Tactic::kDirect, 32},
+    {"direct, 64 tokens a tile", Tactic::kDirect, 64},
+    {"hopper, 64 rows a tile", Tactic::kHopper, 64},
+    {"hopper, 128 rows a tile", Tactic::kHopper, 128},
+};
+static_assert(sizeof(kTactics) / sizeof(Tactic) == SHUNTYARD_LAST_TACTIC + 1, "one line for each number");
+
+}  // namespace
+
+bool takes(const Experts& call, int tactic) {
+    switch (kTactics[tactic].family) {
+        case Tactic::kPlain: return true;
+        case Tactic::kDirect: return direct_takes(call, kTactics[tactic].tile);
+        case Tactic::kHopper: return hopper_takes(call);
+        default: return false;
+    }
+}
+
+int by_shape(const Experts& call) {
+    for (const Line& line : kTable) {
+        if (call.all_rows <= line.rows && ceil_div(call.all_rows, call.experts) <= line.rows_of_expert &&
+            takes(call, line.tactic)) {
+            return line.tactic;
+        }
+    }
+    return SHUNTYARD_PLAIN;
+}
+
+int run(const Experts& call, int tactic) {
+    if (!takes(call, tactic)) {
+        return SHUNTYARD_UNSUPPORTED_TACTIC;
+    }
+    switch (kTactics[tactic].family) {
+        case Tactic::kDirect: return run_direct(call, kTactics[tactic].tile);
+        case Tactic::kHopper: return run_hopper(call, kTactics[tactic].tile);
+        default: return run_plain(call);
+    }
+}
+
+}  // namespace shuntyard
+
+const char* shuntyard_tactic_name(int tactic) {
+    return tactic < 0 || tactic > SHUNTYARD_LAST_TACTIC ? "an unknown tactic" : shuntyard::kTactics[tactic].name;
+}

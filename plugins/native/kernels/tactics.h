@@ -1,0 +1,18 @@
+// Which kernels compute a call of the experts op, and how tall their tiles are.
+#pragma once
+
+#include "kernels/experts.h"
+
+namespace shuntyard {
+
+// Whether a tactic (of shuntyard_tactic, not BY_SHAPE) computes such a call on its device. What is not known of the
+// call, its pointers, is taken to be right.
+bool takes(const Experts& call, int tactic);
+
+// The tactic that the table has for a call.
+int by_shape(const Experts& call);
+
+// SHUNTYARD_UNSUPPORTED_TACTIC if it is none for the call.
+int run(const Experts& call, int tactic);
+
+}  // namespace shuntyard
