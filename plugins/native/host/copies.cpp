@@ -30,7 +30,11 @@ struct Map {
 };
 static_assert(sizeof(Map) == sizeof(TensorMap), "a map's size is given");
 
-std::map<const TensorMap*, uint64_t> published;  // when
+struct Published {
+    uint64_t when;
+    TensorMap content;
+};
+std::map<const TensorMap*, Published> published;  // of this launch and all before
 
 Map map_of(const TensorMap& words, const char* operation) {
     Map map;
@@ -115,12 +119,15 @@ void check_usable(const Fiber& fiber, const TensorMap* map) {
     if (on_a_fiber_stack(map)) {
         fail("tma_load by a map on a thread's stack: a parameter must be a SHUNTYARD_TABLE");
     }
-    const auto when = published.find(map);
-    if (when == published.end()) {
+    const auto of_map = published.find(map);
+    if (of_map == published.end()) {
         fail("tma_load by a map in global memory that was not published");
     }
+    if (memcmp(map, &of_map->second.content, sizeof(*map)) != 0) {
+        fail("tma_load by a map in global memory that was written since it was published");
+    }
     const auto acquired = fiber.acquired.find(map);
-    if (acquired == fiber.acquired.end() || acquired->second < when->second) {
+    if (acquired == fiber.acquired.end() || acquired->second < of_map->second.when) {
         fail("tma_load by a map that its thread has not acquired since it was published");
     }
 }
@@ -225,7 +232,7 @@ void barrier_wait(uint64_t* place, uint32_t parity) {
             return;
         }
         barrier.waiting.push_back(&fiber);
-        wait_as("barrier_wait, at and of parity", offset_in_shared(*fiber.block, place, 8, "barrier_wait"), parity);
+        wait_as("barrier_wait at %lld, parity %lld", offset_in_shared(*fiber.block, place, 8, "barrier_wait"), parity);
     }
 }
 
@@ -293,7 +300,7 @@ void tensor_map_publish(TensorMap* to, const TensorMap* from) {
         }
         map_of(*first.from, "tensor_map_publish");
         memcpy(first.to, first.from, sizeof(TensorMap));
-        published[first.to] = ++machine.clock;
+        published[first.to] = {++machine.clock, *first.from};
     });
 }
 

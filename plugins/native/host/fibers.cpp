@@ -215,13 +215,8 @@ std::string named(const Fiber& fiber) {
             if (first.state == State::kDone) {
                 fprintf(stderr, "exited\n");
             } else {
-                fprintf(stderr, "%s", first.waits_for);
-                if (first.which >= 0) {
-                    fprintf(stderr, " %lld", static_cast<long long>(first.which));
-                }
-                if (first.detail >= 0) {
-                    fprintf(stderr, ", %lld", static_cast<long long>(first.detail));
-                }
+                fprintf(stderr, first.waits_for, static_cast<long long>(first.which),
+                        static_cast<long long>(first.detail));
                 fprintf(stderr, "\n");
             }
             i = end;
@@ -503,7 +498,7 @@ void sync_some(int number, int threads) {
     barrier.threads = threads;
     barrier.waiting.push_back(&fiber);
     if (barrier.waiting.size() < static_cast<size_t>(threads)) {
-        wait_as("sync_some", number, threads);
+        wait_as("sync_some of barrier %lld for %lld threads", number, threads);
         return;
     }
     std::vector<int> lanes(block.warps.size());

@@ -34,8 +34,8 @@ struct Fiber {
     Warp* warp = nullptr;
     uint32_t thread = 0;
     State state = State::kReady;
-    const char* waits_for = "";  // with these two numbers, for what is said of a deadlock
-    int64_t which = -1, detail = -1;
+    const char* waits_for = "";  // said of a deadlock: printf's format, for these two numbers
+    int64_t which = 0, detail = 0;
     std::map<const TensorMap*, uint64_t> acquired;  // when
     bool copies_unfenced = false;                   // it has initialised barriers that copies do not know yet
 };
@@ -140,7 +140,7 @@ inline bool chance(uint32_t of_64) { return of_64 > 0 && random_below(64) < of_6
 // The fiber that runs, which there must be.
 Fiber& self(const char* operation);
 // Lets others run until it is made ready.
-void wait_as(const char* waits_for, int64_t which = -1, int64_t detail = -1);
+void wait_as(const char* waits_for, int64_t which = 0, int64_t detail = 0);
 void make_ready(Fiber& fiber);
 // Lets others run first, sometimes.
 void maybe_yield();

@@ -102,6 +102,46 @@ __global__ void multiply_blocks(SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
     }
 }
 
+// -- TMA: a box as it lies in shared memory
+
+__global__ void copy_box(SHUNTYARD_TABLE(TensorMap) map, int32_t column, int32_t row, int32_t bytes, char* out) {
+    char* const box = shared_memory();
+    uint64_t* const full = reinterpret_cast<uint64_t*>(box + bytes);
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1);
+        barrier_init_fence();
+        barrier_arrive_expecting(full, static_cast<uint32_t>(bytes));
+        tma_load(box, &map, full, column, row);
+    }
+    sync_block();
+    barrier_wait(full, 0);
+    for (int32_t i = static_cast<int32_t>(threadIdx.x) * 16; i < bytes; i += 32 * 16) {
+        store(out + i, load(box + i));
+    }
+}
+
+// -- what a warp does together: of each lane's number, all results one after the other, 32 of each
+
+__global__ void exchange(const uint32_t* values, const int32_t* lanes, uint32_t* out) {
+    const uint32_t lane = threadIdx.x, value = values[lane];
+    const float number = static_cast<float>(value);
+    const uint32_t results[] = {
+        shuffle(value, lanes[lane]),
+        bits_of(shuffle(number, lanes[lane])),
+        shuffle_xor(value, 5),
+        bits_of(shuffle_xor(number, 16)),
+        static_cast<uint32_t>(shuffle_up(static_cast<int32_t>(value), 3)),
+        ballot(value % 3 == 0),
+        match_any(value % 7),
+        permute_bytes(value, ~value, lane * 0x1111u ^ value >> 16),
+        pack<Half>(number, -number),
+        pack<Bfloat>(number, -number),
+    };
+    for (uint32_t i = 0; i < sizeof(results) / sizeof(*results); ++i) {
+        out[i * 32 + lane] = results[i];
+    }
+}
+
 template <Operand kOperand, Major kMajor, int kColumns>
 int run_blocks(const void* a, const void* b, float* d, int64_t depth, int stages) {
     constexpr int kBytes = kOperand == Operand::kE4m3 ? 1 : 2;
@@ -127,6 +167,29 @@ SHUNTYARD_API int test_multiply(int operand, const uint32_t* a, const uint32_t* 
     constexpr void (*kKernels[])(const uint32_t*, const uint32_t*, float*) = {
         multiply_once<Operand::kHalf>, multiply_once<Operand::kBfloat>, multiply_once<Operand::kE4m3>};
     return launch(kKernels[operand], Shape{dim3(1), dim3(32)}, nullptr, a, b, d);
+}
+
+// A box [box_rows, 128 bytes] from (row, column) on, in the swizzle that it lies in.
+SHUNTYARD_API int test_tma_load(int element_bytes, const void* matrix, int64_t columns, int64_t rows, int64_t pitch,
+                                int box_rows, int32_t column, int32_t row, char* out) {
+    TensorMap map;
+    SHUNTYARD_TRY(
+        encode_tensor_map(map, element_bytes, matrix, columns, rows, pitch, 128 / element_bytes, box_rows));
+    Shape shape{dim3(1), dim3(32)};
+    shape.shared = box_rows * 128 + sizeof(uint64_t);
+    return launch(copy_box, shape, nullptr, map, column, row, box_rows * 128, out);
+}
+
+SHUNTYARD_API int test_exchange(const uint32_t* values, const int32_t* lanes, uint32_t* out) {
+    return launch(exchange, Shape{dim3(1), dim3(32)}, nullptr, values, lanes, out);
+}
+
+// What a launch of so many blocks and threads returns.
+SHUNTYARD_API int test_launch(unsigned grid, unsigned block, unsigned cluster, int64_t shared) {
+    Shape shape{dim3(grid), dim3(block)};
+    shape.cluster = cluster;
+    shape.shared = static_cast<size_t>(shared);
+    return launch(+[]() { sync_cluster(); }, shape, nullptr);
 }
 
 // The operand types, then 0 for [out, in] and 1 for [in, out], then N: d [64, N] += a [64, K] * b.
