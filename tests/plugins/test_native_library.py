@@ -55,7 +55,7 @@ def test_exports_its_interface_only(library: Path) -> None:
         pytest.skip("nm is not installed")
     names = {line.split()[-1].partition("@")[0] for line in run(nm, "-D", "--defined-only", str(library)).splitlines()}
     declared = re.findall(r"^SHUNTYARD_API .*?(shuntyard_\w+)\(", (NATIVE / "shuntyard_plugins.h").read_text(), re.M)
-    assert len(declared) == 8
+    assert len(declared) == 10
     assert {"getCreators", "setLoggerFinder", *declared} <= names
     assert all(re.fullmatch(r"getCreators|setLoggerFinder|shuntyard_\w+", name) for name in names), names
 

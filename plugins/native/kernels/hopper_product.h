@@ -271,7 +271,7 @@ struct HopperScaling {
 template <typename X>
 __device__ inline float swiglu_of(float gate, float up) {
     const float rounded = rounded_to<X>(gate);
-    return rounded_to<X>(rounded * sigmoid(rounded) * rounded_to<X>(up));
+    return rounded_to<X>(rounded * quick_sigmoid(rounded) * rounded_to<X>(up));
 }
 
 // Two neighbouring values of the result.

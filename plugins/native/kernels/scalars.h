@@ -166,4 +166,15 @@ __host__ __device__ inline float sigmoid(float value) {
     return (value >= 0.0f ? 1.0f : e) / (1.0f + e);
 }
 
+// The same to 4e-7, in a fourth of the instructions: for values that are rounded to 16 bits next.
+__host__ __device__ inline float quick_sigmoid(float value) {
+#ifdef __CUDA_ARCH__
+    const float e = __expf(-fabsf(value));
+    const float inverse = __fdividef(1.0f, 1.0f + e);
+    return value >= 0.0f ? inverse : e * inverse;
+#else
+    return sigmoid(value);
+#endif
+}
+
 }  // namespace shuntyard

@@ -84,6 +84,53 @@ void storage() {
     delete plugin;
 }
 
+void tactics() {
+    for (IPluginCreatorV3One* creator : creators) {
+        IPluginV3* plugin = std::string(creator->getPluginName()) == "ShuntyardMoeExperts"
+                                ? create_experts(1, 2, "fused", 0)
+                                : create(creator->getPluginName(), 1);
+        // None are offered: the builder would time them on a routing of arbitrary content.
+        CHECK(build_of(plugin)->getNbTactics() == 0);
+        for (int32_t tactic : {0, 1, 7}) {
+            CHECK(runtime_of(plugin)->setTactic(tactic) == 0);
+        }
+        CHECK(runtime_of(plugin)->setTactic(8) != 0);
+        CHECK(says("there is no tactic 8"));
+        CHECK(runtime_of(plugin)->setTactic(-1) != 0);
+        CHECK(says("there is no tactic -1"));
+        delete plugin;
+    }
+}
+
+// Timings are kept for what they were taken of.
+void timing_cache_ids() {
+    std::vector<IPluginV3*> plugins = {
+        create("ShuntyardMoeRouting", 1),         create("ShuntyardMoeRouting", 2),
+        create("ShuntyardMoeScatterAdd", 1),      create_experts(1, 2, "fused", 0),
+        create_experts(2, 2, "fused", 0),         create_experts(1, 3, "fused", 0),
+        create_experts(1, 2, "split", 0),         create_experts(1, 2, "linear", 0),
+        create_experts(1, 2, "linear", 8),        create_experts(1, 2, "linear", 0, "static"),
+        create_experts(1, 2, "linear", 0, "dynamic"),
+    };
+    std::vector<std::string> ids;
+    for (IPluginV3* plugin : plugins) {
+        const std::string id = build_of(plugin)->getTimingCacheID();
+        CHECK(id.find("\"abi_version\": 4") != std::string::npos);
+        for (const std::string& other : ids) {
+            CHECK(id != other);
+        }
+        ids.push_back(id);
+        IPluginV3* copy = plugin->clone();
+        CHECK(id == build_of(copy)->getTimingCacheID());
+        delete copy;
+        delete plugin;
+    }
+    // A layer's name does not change its time.
+    IPluginV3* named = create_experts(1, 2, "linear", 0, "dynamic", "model.layers.0.feed_forward.experts");
+    CHECK(ids.back() == build_of(named)->getTimingCacheID());
+    delete named;
+}
+
 void shapes_and_types() {
     IPluginV3* plugin = create("ShuntyardMoeRouting", 2);
     IPluginV3OneBuild* build = build_of(plugin);
@@ -176,6 +223,8 @@ int main(int, char** arguments) {
     identity();
     attributes();
     storage();
+    tactics();
+    timing_cache_ids();
     shapes_and_types();
     experts_attributes();
     experts_storage();

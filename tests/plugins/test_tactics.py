@@ -1,0 +1,262 @@
+"""Tactics of the experts: which there are for a call, which is chosen, and the Hopper family against the oracle."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.plugins.bounds import bounds_of, check_between
+from tests.plugins.forms import EVERY_KIND, FORMATS, Array, Weights, form_of
+from tests.plugins.native_build import (
+    ALL_FILLS,
+    BY_SHAPE,
+    DIRECT_8,
+    DIRECT_16,
+    DIRECT_32,
+    DIRECT_64,
+    HOPPER_64,
+    HOPPER_128,
+    INVALID_ARGUMENT,
+    OK,
+    PLAIN,
+    PLAIN_TACTIC,
+    TYPE_CODES,
+    UNSUPPORTED_TACTIC,
+    Fenced,
+    Memory,
+    Native,
+    broken,
+    expert_weights,
+    feeds_of,
+)
+from tests.plugins.test_experts import by_oracle
+from tests.tolerances import ONE_OP
+
+DIRECT = [DIRECT_8, DIRECT_16, DIRECT_32, DIRECT_64]
+HOPPER = [HOPPER_64, HOPPER_128]
+ALONG_K = [("linear", "none"), ("linear", "tensor", "dynamic"), ("linear", "channel", "dynamic")]
+ALONG_K += [("linear", "tensor", "static"), ("linear", "channel", "static")]
+HOPPER_KINDS: list[tuple[str, ...]] = [("fused", "none"), ("split", "none"), *ALONG_K]
+HALVES = ["fp16", "bf16"]
+
+
+@pytest.fixture
+def device(on_host: Native) -> Iterator[Any]:
+    """Sets the emulated device: its compute capability, its multiprocessors."""
+
+    def become(capability: int, multiprocessors: int = 4) -> None:
+        on_host.library.test_device(ctypes.c_int(capability), ctypes.c_int(multiprocessors))
+
+    yield become
+    become(90)
+
+
+def seed(native: Native, number: int) -> None:
+    """The order in which the emulator runs threads."""
+    native.library.test_seed(ctypes.c_uint64(number))
+
+
+def check_rows(rows: Array, feeds: dict[str, Array], made: Weights, top_k: int, compute: str) -> None:
+    if made.form.activations == "none":
+        ONE_OP[compute].check(rows, by_oracle(feeds, made, top_k))
+    else:
+        check_between(rows, bounds_of(feeds, made, top_k), np.dtype(FORMATS[compute]))
+
+
+def tactics_of(native: Native, feeds: dict[str, Array], made: Weights, top_k: int) -> list[int]:
+    """What the library says that it has for a call."""
+    memories = [Fenced(0) for _ in made.arrays]
+    weights = expert_weights(made, memories)
+    tokens, hidden = feeds["x"].shape
+    found = (ctypes.c_int32 * HOPPER_128)()
+    sizes = map(ctypes.c_int64, (tokens, made.form.experts, top_k, hidden, made.width))
+    code = ctypes.c_int(TYPE_CODES[feeds["x"].dtype])
+    count = native.library.shuntyard_moe_experts_tactics(code, ctypes.byref(weights), *sizes, found)
+    return list(found)[:count]
+
+
+# -- which there are
+
+CASE: dict[str, Any] = {"T": 9, "E": 3, "K": 2, "H": 64, "F": 96, "skew": "even", "seed": 1}
+
+
+@pytest.mark.parametrize(("compute", "kind"), list(itertools.product(FORMATS, EVERY_KIND)))
+def test_every_listed_tactic_runs_and_no_other(on_host: Native, compute: str, kind: tuple[str, ...]) -> None:
+    feeds, made, top_k = feeds_of(CASE, compute, compute, form_of(kind, 3, 32))
+    listed = tactics_of(on_host, feeds, made, top_k)
+    expected = {PLAIN_TACTIC}
+    layout, quantization, *activations = kind
+    if compute != "fp32" and (layout == "linear" or quantization == "none"):
+        expected |= set(DIRECT if layout == "linear" else DIRECT[:3])
+        if quantization == "none" or activations:
+            expected |= set(HOPPER)
+    assert set(listed) == expected and listed == sorted(listed)
+    for tactic in range(BY_SHAPE, HOPPER_128 + 1):
+        status, rows = on_host.experts(feeds, made, top_k, tactic=tactic)
+        if tactic in {BY_SHAPE, *listed}:
+            assert status == OK
+            check_rows(rows, feeds, made, top_k, compute)
+        else:
+            assert status == UNSUPPORTED_TACTIC and set(rows.tobytes()) == {0xFF}
+    for tactic in (-1, HOPPER_128 + 1):
+        assert on_host.experts(feeds, made, top_k, tactic=tactic)[0] == INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("capability", "families"), [(80, []), (86, []), (89, DIRECT), (90, DIRECT + HOPPER), (100, DIRECT), (120, DIRECT)]
+)
+def test_devices_have_their_tactics(on_host: Native, device: Any, capability: int, families: list[int]) -> None:
+    device(capability)
+    feeds, made, top_k = feeds_of(CASE, "bf16", "bf16", form_of(("linear", "channel", "dynamic"), 3))
+    assert tactics_of(on_host, feeds, made, top_k) == [PLAIN_TACTIC, *families]
+    status, rows = on_host.experts(feeds, made, top_k)
+    assert status == OK
+    check_rows(rows, feeds, made, top_k, "bf16")
+
+
+@pytest.mark.parametrize("kind", [("fused", "none"), ("linear", "none"), ("linear", "channel", "dynamic")])
+@pytest.mark.parametrize(("hidden", "width"), [(60, 64), (64, 60)])
+def test_odd_extents_have_plain_kernels(on_host: Native, kind: tuple[str, ...], hidden: int, width: int) -> None:
+    feeds, made, top_k = feeds_of({**CASE, "H": hidden, "F": width}, "bf16", "bf16", form_of(kind, 3))
+    assert tactics_of(on_host, feeds, made, top_k) == [PLAIN_TACTIC]
+    status, rows = on_host.experts(feeds, made, top_k)
+    assert status == OK
+    check_rows(rows, feeds, made, top_k, "bf16")
+
+
+def test_weights_off_16_bytes_have_plain_kernels(on_host: Native) -> None:
+    """What a list of tactics cannot know, a call does: it is refused, or by shape goes to kernels that can."""
+    feeds, made, top_k = feeds_of(CASE, "bf16", "bf16", form_of(("linear", "none"), 3))
+    moved = Weights(made.form, [np.concatenate([w.reshape(-1), w.reshape(-1)[:1]]) for w in made.weights], [])
+    tokens, hidden = feeds["x"].shape
+    extents = (tokens, 3, top_k, hidden, made.width)
+    codes = (TYPE_CODES[feeds["x"].dtype],)
+    given = [Fenced.holding(array) for array in feeds.values()]
+    # One element more than asked for, and the end at a fence: they start 2 bytes off.
+    weights = [Fenced.holding(array) for array in moved.weights]
+    for memory in weights:
+        memory.bytes[2:] = memory.bytes[:-2].copy()
+        memory.address += 2
+    assert all(memory.address % 16 for memory in weights)
+    struct = expert_weights(moved, weights)
+    for tactic, status in {DIRECT_8: UNSUPPORTED_TACTIC, HOPPER_64: UNSUPPORTED_TACTIC, BY_SHAPE: OK}.items():
+        rows = Fenced(tokens * top_k * hidden * 2)
+        workspace = Fenced(on_host.workspace_size("moe_experts", codes, extents))
+        assert on_host.launch("moe_experts", codes, [*given, rows], extents, workspace, struct, tactic) == status
+    made_rows = rows.array((tokens * top_k, hidden), feeds["x"].dtype)
+    check_rows(made_rows, feeds, made, top_k, "bf16")
+
+
+def test_every_tactic_has_a_name(on_host: Native) -> None:
+    name = on_host.library.shuntyard_tactic_name
+    name.restype = ctypes.c_char_p
+    names = [name(tactic).decode() for tactic in range(-1, HOPPER_128 + 2)]
+    assert names[0] == names[-1] == "an unknown tactic" and len(set(names)) == HOPPER_128 + 2
+    assert names[1] == "by shape" and names[-2].startswith("hopper, 128 rows")
+
+
+# -- the Hopper family
+
+hopper_cases = st.fixed_dictionaries(
+    {
+        "T": st.sampled_from([1, 3, 17, 64, 65, 130, 200]),
+        "E": st.sampled_from([1, 2, 5, 40]),
+        "K": st.integers(1, 3),
+        # Around the 64 columns of a box, and the 64 or 128 numbers of a stage; several times round the ring.
+        "H": st.sampled_from([16, 64, 80, 128, 144, 528]),
+        "F": st.sampled_from([16, 48, 64, 128, 272, 656]),
+        "skew": st.sampled_from(["even", "one expert", "ties"]),
+        "seed": st.integers(0, 2**16),
+    }
+)
+ROUND_THE_RING: dict[str, Any] = {"T": 150, "E": 3, "K": 1, "H": 784, "F": 272, "skew": "one expert", "seed": 3}
+
+
+@settings(max_examples=60)
+@given(
+    case=hopper_cases,
+    kind=st.sampled_from(HOPPER_KINDS),
+    compute=st.sampled_from(HALVES),
+    tactic=st.sampled_from(HOPPER),
+    order=st.integers(0, 2**16),
+    at_start=st.booleans(),
+)
+@example(case=ROUND_THE_RING, kind=HOPPER_KINDS[0], compute="bf16", tactic=HOPPER_64, order=1, at_start=False)
+@example(case=ROUND_THE_RING, kind=HOPPER_KINDS[-1], compute="fp16", tactic=HOPPER_128, order=2, at_start=False)
+def test_hopper(
+    on_host: Native, case: dict[str, Any], kind: tuple[str, ...], compute: str, tactic: int, order: int, at_start: bool
+) -> None:
+    case = {**case, "K": min(case["K"], case["E"])}
+    feeds, made, top_k = feeds_of(case, compute, compute, form_of(kind, case["E"]))
+    seed(on_host, order)
+    status, rows = on_host.experts(feeds, made, top_k, Memory(at_start=at_start), tactic)
+    assert status == OK
+    check_rows(rows, feeds, made, top_k, compute)
+
+
+@pytest.mark.parametrize("kind", [("fused", "none"), ("linear", "none"), ("linear", "channel", "static")])
+def test_hopper_goes_through_tall_groups_of_tiles(on_host: Native, kind: tuple[str, ...]) -> None:
+    """More than 16 tiles of rows: the order of tiles is in groups then, the last of them shorter."""
+    case = {"T": 2200, "E": 2, "K": 1, "H": 64, "F": 160, "skew": "one expert", "seed": 0}
+    feeds, made, top_k = feeds_of(case, "bf16", "bf16", form_of(kind, 2))
+    for tactic in HOPPER:
+        status, rows = on_host.experts(feeds, made, top_k, tactic=tactic)
+        assert status == OK
+        check_rows(rows, feeds, made, top_k, "bf16")
+
+
+@pytest.mark.parametrize(("kind", "tactic"), list(itertools.product(HOPPER_KINDS, HOPPER)))
+def test_hopper_gives_the_same_bits_in_any_order(
+    on_host: Native, device: Any, kind: tuple[str, ...], tactic: int
+) -> None:
+    """Of threads, and with blocks for all tiles, a few, or one."""
+    feeds, made, top_k = feeds_of({**ROUND_THE_RING, "T": 90}, "bf16", "bf16", form_of(kind, 3))
+    seen = set()
+    for order, multiprocessors in enumerate((1, 3, 132)):
+        seed(on_host, order)
+        device(90, multiprocessors)
+        status, rows = on_host.experts(feeds, made, top_k, tactic=tactic)
+        assert status == OK
+        seen.add(rows.tobytes())
+    assert len(seen) == 1
+
+
+@settings(max_examples=40)
+@given(
+    random=st.integers(0, 2**16),
+    kind=st.sampled_from([("fused", "none"), ("linear", "channel", "dynamic"), ("linear", "tensor", "static")]),
+    tactic=st.sampled_from(HOPPER),
+    at_start=st.booleans(),
+)
+def test_hopper_with_broken_indices(
+    on_host: Native, random: int, kind: tuple[str, ...], tactic: int, at_start: bool
+) -> None:
+    """Whatever they hold, nothing outside is touched (the fences), and a row without an expert or a token is NaN."""
+    rng = np.random.default_rng(random)
+    case = {**CASE, "T": 30, "K": 1, "seed": random}
+    feeds, made, top_k = feeds_of(case, "bf16", "bf16", form_of(kind, 3))
+    feeds["expert_offsets"] = broken(rng, 4, 30)
+    feeds["permutation"] = np.where(rng.uniform(size=30) < 0.3, broken(rng, 30, 30), feeds["permutation"])
+    feeds["permutation"] = feeds["permutation"].astype(np.int32)
+    offsets = np.clip(feeds["expert_offsets"].astype(np.int64), 0, 30)
+    owned = np.zeros(30, bool)
+    for first, end in itertools.pairwise(offsets):
+        owned[first:end] = True
+    lost = ~owned | (feeds["permutation"] < 0) | (feeds["permutation"] >= 30)
+    for fill in ALL_FILLS:
+        status, rows = on_host.experts(feeds, made, top_k, Memory(fill, at_start), tactic)
+        assert status == OK
+        assert np.isnan(rows[lost].astype(np.float32)).all()
+
+
+def test_no_tokens(on_host: Native) -> None:
+    feeds, made, top_k = feeds_of({**CASE, "T": 0}, "bf16", "bf16", form_of(("linear", "none"), 3))
+    for tactic in (BY_SHAPE, PLAIN_TACTIC, DIRECT_8, HOPPER_64):
+        assert on_host.experts(feeds, made, top_k, PLAIN, tactic)[0] == OK
