@@ -45,3 +45,29 @@ MISTAKE_MIN_ABS = 100 * MODEL_MAX_ABS
 ROUTER_MARGIN = 1e-4
 """Two correct fp32 implementations may disagree about the chosen experts where the last chosen and the first rejected
 logit are closer than this: such inputs have no single right answer, so tests leave them out, by measuring."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How far sums of products may be off.
+
+    ``unit`` is an addition's error by the sum of all terms' magnitudes. ``code_unit`` is what a step of a sum of e4m3
+    products cuts off, by the largest magnitude in it; None where such sums are fp32, too. They are added to sums in
+    fp32 after every ``promoted_every`` terms.
+    """
+
+    unit: float
+    code_unit: float | None
+    promoted_every: int
+    reason: str
+
+
+FP32_SUMS = Sums(2.0**-24, None, 128, "fp32 in any order: each addition is off by half a unit in the last place")
+
+TENSOR_CORE_SUMS = Sums(
+    2.0**-22,
+    2.0**-13,
+    128,
+    "tensor cores cut off where fp32 would round, and line up their terms first: four times fp32's half unit; of e4m3 "
+    "products Hopper keeps about 14 bits of a sum (DeepSeek-V3, arXiv 2412.19437, section 3.3.2: 13 behind the first)",
+)

@@ -102,9 +102,11 @@ class FaultyPlugin final : public IPluginV3, public IPluginV3OneBuild, public IP
             first[-3] = 1;
         } else if (fault == "input") {
             static_cast<unsigned char*>(const_cast<void*>(inputs[0]))[bytes_of(in[0]) - 1] ^= 1;
-        } else if (fault == "unstable" || fault == "wrong" || (fault == "tactic" && tactic_ == 977)) {
+        } else if (fault == "wrong" || (fault == "tactic" && tactic_ == 977)) {
             const size_t high = bytes / 8 * 4 + 3;  // an exponent's bits, in every format
-            first[high < bytes ? high : bytes - 1] ^= static_cast<unsigned char>(fault == "unstable" ? calls % 2 : 0x40);
+            first[high < bytes ? high : bytes - 1] ^= 0x40;
+        } else if (fault == "unstable") {
+            first[0] ^= static_cast<unsigned char>(calls % 2);
         } else if (fault == "stale") {
             first[bytes - 1] = stale;
         }

@@ -100,18 +100,19 @@ std::string run(Session& session, Arena& arena, const Case& made, std::vector<By
         }
         std::vector<Bytes> got;
         wrong = arena.collect(got);
-        if (wrong.empty() && (turn == 0 || made.runs_may_differ)) {
-            wrong = judge_all(made, got);
-        }
-        if (wrong.empty() && turn > 0 && !made.runs_may_differ) {
-            const std::string differs = difference(outputs, got, made);
-            wrong = differs.empty() ? "" : "not the first run's bytes: " + differs;
-        }
         if (!wrong.empty()) {
             return which + wrong;
         }
+        if (turn == 0 || made.runs_may_differ) {
+            wrong = judge_all(made, got);
+        } else if (const std::string differs = difference(outputs, got, made); !differs.empty()) {
+            wrong = "not the first run's bytes: " + differs;
+        }
         if (turn == 0) {
             outputs = std::move(got);
+        }
+        if (!wrong.empty()) {
+            return which + wrong;
         }
     }
     return {};

@@ -10,6 +10,7 @@ namespace {
 constexpr size_t kFewestCopies = 3, kMostCopies = 64;
 constexpr size_t kCachesFull = 4;       // what is touched before the same copy is again
 constexpr double kLongCall = 500;       // microseconds; shorter calls are made more often
+constexpr double kOnceWillDo = 20000;   // microseconds
 constexpr size_t kRounds = 15, kRoundsOfLong = 7;
 
 double median_of(std::vector<double> values) {
@@ -181,6 +182,10 @@ std::string Stopwatch::measure(Session& session, Times& times) {
         double once = 0;
         for (int warm = 0; wrong.empty() && warm < 2; ++warm) {
             wrong = graph.replay_timed(once);
+            if (wrong.empty() && once / calls > kOnceWillDo) {
+                times = {once / calls, once / calls, turns * copies_, copies_};
+                return {};
+            }
         }
         if (!wrong.empty()) {
             return wrong;
