@@ -228,7 +228,7 @@ def test_warps_exchange(on_host: Native, seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 2**24, size=32).astype(np.uint32)
     lanes = rng.integers(0, 32, size=32).astype(np.int32)
-    out = np.zeros((10, 32), np.uint32)
+    out = np.zeros((12, 32), np.uint32)
     on_host.library.test_seed(ctypes.c_uint64(seed))
     assert on_host.library.test_exchange(pointer(values), pointer(lanes), pointer(out)) == 0
     every = np.arange(32)
@@ -250,7 +250,7 @@ def test_warps_exchange(on_host: Native, seed: int) -> None:
         *(values[lanes], floats[lanes].view(np.uint32), values[every ^ 5], floats[every ^ 16].view(np.uint32)),
         values[np.where(every < 3, every, every - 3)],
         np.full(32, int(((values % 3 == 0) * (1 << every)).sum())),
-        *(matching.sum(1), permuted, halves, bfloats),
+        *(matching.sum(1), np.full(32, values.max()), np.full(32, values.min()), permuted, halves, bfloats),
     ]
     np.testing.assert_array_equal(out, np.asarray(expected, np.uint32))
 

@@ -25,6 +25,8 @@ uint32_t shuffle_xor(uint32_t value, int mask);
 int32_t shuffle_up(int32_t value, int delta);
 uint32_t ballot(bool value);
 uint32_t match_any(uint32_t value);
+uint32_t reduce_max(uint32_t value);
+inline uint32_t reduce_min(uint32_t value) { return ~reduce_max(~value); }
 
 inline int32_t shuffle(int32_t value, int lane) {
     return static_cast<int32_t>(shuffle(static_cast<uint32_t>(value), lane));

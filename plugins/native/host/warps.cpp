@@ -8,7 +8,7 @@ namespace emulated {
 namespace {
 
 const Operation kSyncWarp{"sync_warp"}, kShuffle{"shuffle"}, kShuffleXor{"shuffle_xor"}, kShuffleUp{"shuffle_up"},
-    kBallot{"ballot"}, kMatchAny{"match_any"}, kMore{"more_registers"}, kFewer{"fewer_registers"};
+    kBallot{"ballot"}, kMatchAny{"match_any"}, kReduce{"reduce_max or reduce_min"}, kMore{"more_registers"}, kFewer{"fewer_registers"};
 const Operation kMultiply[] = {{"multiply<kHalf>"}, {"multiply<kBfloat>"}, {"multiply<kE4m3>"}};
 
 struct Exchange {
@@ -184,6 +184,20 @@ uint32_t match_any(uint32_t value) {
                 same |= uint32_t{exchange_of(warp, i).value == exchange_of(warp, j).value} << j;
             }
             exchange_of(warp, i).result = same;
+        }
+    });
+    return own.result;
+}
+
+uint32_t reduce_max(uint32_t value) {
+    Exchange own{value, 0, 0};
+    with_warp(kReduce, &own, [](Warp& warp) {
+        uint32_t largest = 0;
+        for (int i = 0; i < 32; ++i) {
+            largest = exchange_of(warp, i).value > largest ? exchange_of(warp, i).value : largest;
+        }
+        for (int i = 0; i < 32; ++i) {
+            exchange_of(warp, i).result = largest;
         }
     });
     return own.result;

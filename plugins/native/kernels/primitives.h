@@ -78,6 +78,20 @@ __device__ inline uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu
 // The lanes that hold the same value.
 __device__ inline uint32_t match_any(uint32_t value) { return __match_any_sync(0xffffffffu, value); }
 
+// The largest and the smallest of all lanes' values.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+__device__ inline uint32_t reduce_max(uint32_t value) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        value = max(value, shuffle_xor(value, mask));
+    }
+    return value;
+}
+__device__ inline uint32_t reduce_min(uint32_t value) { return ~reduce_max(~value); }
+#else
+__device__ inline uint32_t reduce_max(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+__device__ inline uint32_t reduce_min(uint32_t value) { return __reduce_min_sync(0xffffffffu, value); }
+#endif
+
 __device__ inline int count_bits(uint32_t value) { return __popc(value); }
 
 // On a 32-bit integer in shared memory; what stood there before is not given, as its order is open.

@@ -1,11 +1,11 @@
 // Routing: the best K experts of each token, then a stable counting sort of the slots by expert.
 //
-// The sort works on chunks of consecutive slots. Every (chunk, expert) pair counts its own slots, a scan over experts
-// and chunks turns counts into first rows, and a slot finds its row from its chunk's first row and the number of equal
-// experts before it in the chunk. Each step is a launch of its own: the boundary between launches is the only barrier,
-// and nothing depends on the order of threads.
-#include "kernels/launch.h"
-#include "kernels/scalars.h"
+// Up to 512 experts in one launch (kernels/route.h), more of them in five, whose boundaries are the only barriers.
+//
+// There, the sort works on chunks of consecutive slots. Every (chunk, expert) pair counts its own slots, a scan over
+// experts and chunks turns counts into first rows, and a slot finds its row from its chunk's first row and the number of
+// equal experts before it in the chunk. Nothing depends on the order of threads.
+#include "kernels/route.h"
 
 namespace shuntyard {
 namespace {
@@ -115,7 +115,7 @@ __global__ void place(const float* logits, const int32_t* expert_of_slot, const 
 
 bool valid(int64_t tokens, int64_t experts, int64_t top_k) {
     return valid_rows(tokens, top_k) && experts < INT_MAX && top_k <= experts &&
-           ceil_div(ceil_div(tokens * top_k, kChunk) * experts, kBlock) <= kMaxBlocksX;
+           (experts <= kMostExperts || ceil_div(ceil_div(tokens * top_k, kChunk) * experts, kBlock) <= kMaxBlocksX);
 }
 
 }  // namespace
@@ -128,6 +128,9 @@ size_t shuntyard_moe_routing_workspace(int64_t tokens, int64_t experts, int64_t 
         return 0;
     }
     const int64_t slots = tokens * top_k;
+    if (experts <= kMostExperts) {
+        return aligned(slots * sizeof(Slot));
+    }
     return aligned(slots * sizeof(int32_t)) + aligned(ceil_div(slots, kChunk) * experts * sizeof(int32_t)) +
            aligned(experts * sizeof(int32_t));
 }
@@ -140,6 +143,18 @@ int shuntyard_moe_routing(const float* logits, float* scores, int32_t* expert_of
     }
     if (workspace_size < shuntyard_moe_routing_workspace(tokens, experts, top_k)) {
         return SHUNTYARD_WORKSPACE_TOO_SMALL;
+    }
+    if (experts <= kMostExperts) {
+        Routing call{};
+        call.logits = logits;
+        call.scores = scores;
+        call.expert_offsets = expert_offsets;
+        call.permutation = permutation;
+        call.tokens = tokens;
+        call.experts = static_cast<int32_t>(experts);
+        call.top_k = static_cast<int32_t>(top_k);
+        call.whole_quads = experts % 4 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+        return route_at_once(call, workspace, stream);
     }
     const int64_t slots = tokens * top_k;
     const int64_t chunks = ceil_div(slots, kChunk);

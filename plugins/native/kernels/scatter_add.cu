@@ -1,10 +1,148 @@
 // Scatter-add, turned round: instead of rows scattering to tokens (atomics, and an order that varies), each token
-// gathers its K rows, in the order of k. That needs the inverse of the permutation, which is one pass over its entries.
-#include "kernels/launch.h"
-#include "kernels/scalars.h"
+// gathers its K rows, in the order of k. That needs the inverse of the permutation.
+//
+// Up to 65,536 rows in one launch: a block has a range of tokens and looks through the whole permutation for their rows,
+// which costs less than a launch and a trip through memory. More rows: one launch inverts, another adds.
+#include "kernels/primitives.h"
 
 namespace shuntyard {
 namespace {
+
+constexpr int64_t kMostSearched = 65536;
+constexpr unsigned kMostThreads = 512;
+constexpr int64_t kBlocksOfMultiprocessor = 3;  // whose threads keep enough bytes on their way
+constexpr size_t kSharedSpace = 48 * 1024;
+
+struct Addition {
+    const void* base;
+    const void* rows;
+    const int32_t* permutation;
+    int32_t* row_of_slot;  // [T*K], of two launches
+    void* out;
+    int64_t tokens, top_k, all_rows, hidden;
+};
+
+// Columns that a thread reads and writes at once.
+template <typename X, bool kWide>
+struct Piece {
+    static constexpr int kColumns = kWide ? 16 / sizeof(X) : 1;
+    float values[kColumns];
+
+    __device__ explicit Piece(const X* from) {
+        if constexpr (!kWide) {
+            values[0] = to_float(*from);
+        } else {
+            const Quad q = load_once(from);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (sizeof(X) == 4) {
+                    values[i] = float_of(q.words[i]);
+                } else {
+                    values[2 * i] = to_float(X{static_cast<uint16_t>(q.words[i])});
+                    values[2 * i + 1] = to_float(X{static_cast<uint16_t>(q.words[i] >> 16)});
+                }
+            }
+        }
+    }
+
+    __device__ void write(X* to) const {
+        if constexpr (!kWide) {
+            *to = from_float<X>(values[0]);
+        } else {
+            Quad q;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (sizeof(X) == 4) {
+                    q.words[i] = bits_of(values[i]);
+                } else {
+                    q.words[i] = pack<X>(values[2 * i], values[2 * i + 1]);
+                }
+            }
+            store(to, q);
+        }
+    }
+};
+
+// The block's range of tokens: all blocks have the same number, or one less.
+__device__ inline int64_t first_token(const Addition& task, int64_t block) { return block * task.tokens / gridDim.x; }
+
+// Adds up the block's tokens, whose rows `find` knows by their slots; negative: there is none.
+template <typename X, bool kWide, typename Find>
+__device__ inline void add_rows(const Addition& task, const Find& find) {
+    using Part = Piece<X, kWide>;
+    const X* const base = static_cast<const X*>(task.base);
+    const X* const rows = static_cast<const X*>(task.rows);
+    const uint32_t pieces = static_cast<uint32_t>(task.hidden / Part::kColumns);
+    const uint32_t step_tokens = blockDim.x / pieces, step_pieces = blockDim.x % pieces;
+    const int64_t end = first_token(task, int64_t{blockIdx.x} + 1);
+    int64_t token = first_token(task, blockIdx.x) + threadIdx.x / pieces;
+    uint32_t piece = threadIdx.x % pieces;
+    while (token < end) {
+        const int64_t column = int64_t{piece} * Part::kColumns;
+        Part total(base + token * task.hidden + column);
+        for (int64_t slot = token * task.top_k; slot < (token + 1) * task.top_k; ++slot) {
+            const int64_t row = find(slot);
+            if (row < 0) {
+#pragma unroll
+                for (float& value : total.values) {
+                    value = float_of(0x7fc00000u);
+                }
+                continue;
+            }
+            const Part other(rows + row * task.hidden + column);
+#pragma unroll
+            for (int i = 0; i < Part::kColumns; ++i) {
+                total.values[i] += other.values[i];
+            }
+        }
+        total.write(static_cast<X*>(task.out) + token * task.hidden + column);
+        token += step_tokens;
+        piece += step_pieces;
+        if (piece >= pieces) {
+            piece -= pieces;
+            ++token;
+        }
+    }
+}
+
+template <typename X, bool kWide>
+__global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor)
+    search_and_add(SHUNTYARD_TABLE(Addition) task, bool whole_quads) {
+    int32_t* const row_of = reinterpret_cast<int32_t*>(shared_memory());
+    const int32_t all_rows = static_cast<int32_t>(task.all_rows), threads = static_cast<int32_t>(blockDim.x);
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+    const int64_t first_slot = first_token(task, blockIdx.x) * task.top_k;
+    const uint32_t slots =
+        static_cast<uint32_t>(first_token(task, int64_t{blockIdx.x} + 1) * task.top_k - first_slot);
+    for (uint32_t slot = threadIdx.x; slot < slots; slot += blockDim.x) {
+        row_of[slot] = -1;
+    }
+    sync_block();
+    // Of two rows for one slot, the later counts.
+    const auto look = [&](int32_t row, uint32_t slot) {
+        const uint32_t own = slot - static_cast<uint32_t>(first_slot);
+        if (own < slots) {
+            shared_max(row_of + own, row);
+        }
+    };
+    int32_t searched = 0;
+    if (whole_quads) {
+        searched = all_rows / 4 * 4;
+#pragma unroll 4
+        for (int32_t row = 4 * thread; row < searched; row += 4 * threads) {
+            const Quad four = load(task.permutation + row);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                look(row + i, four.words[i]);
+            }
+        }
+    }
+    for (int32_t row = searched + thread; row < all_rows; row += threads) {
+        look(row, static_cast<uint32_t>(task.permutation[row]));
+    }
+    sync_block();
+    add_rows<X, kWide>(task, [&](int64_t slot) { return int64_t{row_of[slot - first_slot]}; });
+}
 
 // One thread a row.
 __global__ void invert(const int32_t* permutation, int32_t* row_of_slot, int64_t all_rows) {
@@ -18,46 +156,40 @@ __global__ void invert(const int32_t* permutation, int32_t* row_of_slot, int64_t
     }
 }
 
-// One block along x a token, one thread a column.
-template <typename X>
-__global__ void gather_add(const X* base, const X* rows, const int32_t* permutation, const int32_t* row_of_slot, X* out,
-                           int64_t all_rows, int64_t top_k, int64_t hidden) {
-    const int64_t token = blockIdx.x;
-    const int64_t column = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-    if (column >= hidden) {
-        return;
-    }
-    float total = to_float(base[token * hidden + column]);
-    for (int64_t slot = token * top_k; slot < (token + 1) * top_k; ++slot) {
+template <typename X, bool kWide>
+__global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor) gather_and_add(SHUNTYARD_TABLE(Addition) task) {
+    add_rows<X, kWide>(task, [&](int64_t slot) -> int64_t {
         // A slot that the permutation does not hold was never written: whatever stands there fails this test.
-        const int64_t row = row_of_slot[slot];
-        const bool found = 0 <= row && row < all_rows && permutation[row] == slot;
-        total += found ? to_float(rows[row * hidden + column]) : float_of(0x7fc00000u);
-    }
-    out[token * hidden + column] = from_float<X>(total);
+        const int64_t row = task.row_of_slot[slot];
+        return 0 <= row && row < task.all_rows && task.permutation[row] == slot ? row : -1;
+    });
 }
 
-struct Call {
-    const void* base;
-    const void* rows;
-    const int32_t* permutation;
-    void* out;
-    int64_t tokens, top_k, hidden;
-    void* workspace;
-    void* stream;
-};
+template <typename X, bool kWide>
+int run_in(const Addition& task, void* stream) {
+    Device device;
+    SHUNTYARD_TRY(current_device(device));
+    const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const int64_t blocks = smaller(task.tokens, kBlocksOfMultiprocessor * device.multiprocessors);
+    const int64_t tokens = ceil_div(task.tokens, blocks);
+    const int64_t pieces = tokens * (task.hidden / Piece<X, kWide>::kColumns);
+    Shape shape{grid_of(blocks), dim3(static_cast<unsigned>(smaller(ceil_div(pieces, 32) * 32, kMostThreads)))};
+    const size_t searched = tokens * task.top_k * sizeof(int32_t);
+    if (task.all_rows <= kMostSearched && searched <= kSharedSpace) {
+        shape.shared = searched;
+        const bool whole_quads = reinterpret_cast<uintptr_t>(task.permutation) % 16 == 0;
+        return launch(search_and_add<X, kWide>, shape, stream, task, whole_quads);
+    }
+    SHUNTYARD_TRY(launch(invert, grid_of(ceil_div(task.all_rows, kBlock)), dim3(kBlock), stream, task.permutation,
+                         task.row_of_slot, task.all_rows));
+    return launch(gather_and_add<X, kWide>, shape, stream, task);
+}
 
 template <typename X>
-int run(const Call& call) {
-    const int64_t all_rows = call.tokens * call.top_k;
-    const dim3 block(kBlock);
-    int32_t* row_of_slot = static_cast<int32_t*>(call.workspace);
-    SHUNTYARD_TRY(launch(invert, grid_of(ceil_div(all_rows, kBlock)), block, call.stream, call.permutation, row_of_slot,
-                         all_rows));
-    SHUNTYARD_TRY(launch(gather_add<X>, grid_of(call.tokens, ceil_div(call.hidden, kBlock)), block, call.stream,
-                         static_cast<const X*>(call.base), static_cast<const X*>(call.rows), call.permutation,
-                         row_of_slot, static_cast<X*>(call.out), all_rows, call.top_k, call.hidden));
-    return SHUNTYARD_OK;
+int run(const Addition& task, void* stream) {
+    const auto together = reinterpret_cast<uintptr_t>(task.base) | reinterpret_cast<uintptr_t>(task.rows) |
+                          reinterpret_cast<uintptr_t>(task.out) | task.hidden * sizeof(X);
+    return together % 16 == 0 ? run_in<X, true>(task, stream) : run_in<X, false>(task, stream);
 }
 
 }  // namespace
@@ -81,11 +213,12 @@ int shuntyard_moe_scatter_add(int type, const void* base, const void* rows, cons
     if (tokens == 0) {
         return SHUNTYARD_OK;
     }
-    const Call call{base, rows, permutation, out, tokens, top_k, hidden, workspace, stream};
+    const Addition task{base,   rows,  permutation,    static_cast<int32_t*>(workspace), out, tokens,
+                        top_k, tokens * top_k, hidden};
     switch (type) {
-        case SHUNTYARD_FP32: return run<float>(call);
-        case SHUNTYARD_FP16: return run<Half>(call);
-        case SHUNTYARD_BF16: return run<Bfloat>(call);
+        case SHUNTYARD_FP32: return run<float>(task, stream);
+        case SHUNTYARD_FP16: return run<Half>(task, stream);
+        case SHUNTYARD_BF16: return run<Bfloat>(task, stream);
         default: return SHUNTYARD_INVALID_ARGUMENT;
     }
 }

@@ -133,6 +133,8 @@ __global__ void exchange(const uint32_t* values, const int32_t* lanes, uint32_t*
         static_cast<uint32_t>(shuffle_up(static_cast<int32_t>(value), 3)),
         ballot(value % 3 == 0),
         match_any(value % 7),
+        reduce_max(value),
+        reduce_min(value),
         permute_bytes(value, ~value, lane * 0x1111u ^ value >> 16),
         pack<Half>(number, -number),
         pack<Bfloat>(number, -number),
