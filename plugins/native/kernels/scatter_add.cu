@@ -9,8 +9,9 @@ namespace shuntyard {
 namespace {
 
 constexpr int64_t kMostSearched = 65536;
-constexpr unsigned kMostThreads = 512;
-constexpr int64_t kBlocksOfMultiprocessor = 3;  // whose threads keep enough bytes on their way
+constexpr unsigned kMostThreads = 256;
+constexpr int64_t kBlocksOfMultiprocessor = 4;
+constexpr int kTogether = 2;  // pieces of a thread: with theirs, enough bytes of a multiprocessor are on their way
 constexpr size_t kSharedSpace = 48 * 1024;
 
 struct Addition {
@@ -28,7 +29,7 @@ struct Piece {
     static constexpr int kColumns = kWide ? 16 / sizeof(X) : 1;
     float values[kColumns];
 
-    __device__ explicit Piece(const X* from) {
+    __device__ void read(const X* from) {
         if constexpr (!kWide) {
             values[0] = to_float(*from);
         } else {
@@ -42,6 +43,13 @@ struct Piece {
                     values[2 * i + 1] = to_float(X{static_cast<uint16_t>(q.words[i] >> 16)});
                 }
             }
+        }
+    }
+
+    __device__ void fill(float value) {
+#pragma unroll
+        for (float& each : values) {
+            each = value;
         }
     }
 
@@ -78,29 +86,46 @@ __device__ inline void add_rows(const Addition& task, const Find& find) {
     int64_t token = first_token(task, blockIdx.x) + threadIdx.x / pieces;
     uint32_t piece = threadIdx.x % pieces;
     while (token < end) {
-        const int64_t column = int64_t{piece} * Part::kColumns;
-        Part total(base + token * task.hidden + column);
-        for (int64_t slot = token * task.top_k; slot < (token + 1) * task.top_k; ++slot) {
-            const int64_t row = find(slot);
-            if (row < 0) {
+        Part totals[kTogether];
+        int64_t tokens[kTogether], columns[kTogether];
 #pragma unroll
-                for (float& value : total.values) {
-                    value = float_of(0x7fc00000u);
-                }
-                continue;
+        for (int i = 0; i < kTogether; ++i) {
+            tokens[i] = token;
+            columns[i] = int64_t{piece} * Part::kColumns;
+            if (token < end) {
+                totals[i].read(base + token * task.hidden + columns[i]);
             }
-            const Part other(rows + row * task.hidden + column);
-#pragma unroll
-            for (int i = 0; i < Part::kColumns; ++i) {
-                total.values[i] += other.values[i];
+            token += step_tokens;
+            piece += step_pieces;
+            if (piece >= pieces) {
+                piece -= pieces;
+                ++token;
             }
         }
-        total.write(static_cast<X*>(task.out) + token * task.hidden + column);
-        token += step_tokens;
-        piece += step_pieces;
-        if (piece >= pieces) {
-            piece -= pieces;
-            ++token;
+        for (int64_t k = 0; k < task.top_k; ++k) {
+            Part others[kTogether];
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                const int64_t row = tokens[i] < end ? find(tokens[i] * task.top_k + k) : -1;
+                if (row >= 0) {
+                    others[i].read(rows + row * task.hidden + columns[i]);
+                } else {
+                    others[i].fill(float_of(0x7fc00000u));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+                for (int j = 0; j < Part::kColumns; ++j) {
+                    totals[i].values[j] += others[i].values[j];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+            if (tokens[i] < end) {
+                totals[i].write(static_cast<X*>(task.out) + tokens[i] * task.hidden + columns[i]);
+            }
         }
     }
 }
