@@ -289,7 +289,7 @@ struct DirectProduct {
 
     // The slot that was fetched first, of those at hand.
     __device__ void multiply_slot(const DirectQueue<P>& queue, Sums& to) {
-        DirectScales<F> scales;
+        DirectScales<F> scales{};
         if constexpr (F::kInt4) {
             bool exact = true;
 #pragma unroll
