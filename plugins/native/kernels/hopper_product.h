@@ -46,7 +46,8 @@ struct HopperConfig {
     static constexpr int kColumnBoxes = kColumns / kBoxRows;
     static constexpr uint32_t kStageBytes = (kRowBoxes * (kMoreRows ? 2 : 1) + kColumnBoxes) * kBoxBytes;
     static constexpr uint32_t kStages = kStageSpace / kStageBytes;
-    static constexpr size_t kShared = kStages * (kStageBytes + 2 * sizeof(uint64_t));
+    static constexpr size_t kScaleSpace = kCodes ? 2 * kGroupThreads * sizeof(float) : 0;  // one column a thread
+    static constexpr size_t kShared = kStages * (kStageBytes + 2 * sizeof(uint64_t)) + kScaleSpace;
 
     static constexpr bool kShareRows = kRows == 128;  // warp groups split the rows, else the columns
     static constexpr int kGroupColumns = kShareRows ? kColumns : kColumns / 2;
@@ -244,29 +245,44 @@ __device__ inline void hopper_sum(const HopperProduct& product, HopperRing<C>& r
     }
 }
 
-// What sums of codes are multiplied with: the rows' factor, then the column's scale.
+// The scales of a warp group's columns, in the order of its sums: in shared memory, since each thread needs many.
 template <class C>
-struct HopperScaling {
-    const HopperProduct& product;
-    const typename C::Scales& scales;
-    int32_t expert;
+__device__ inline float* hopper_scales(int group) {
+    HopperRing<C> ring;
+    return reinterpret_cast<float*>(ring.empty + C::kStages) + group * kGroupThreads;
+}
 
-    __device__ float of_row(int part, int64_t row) const {
-        if constexpr (C::kCodes) {
-            return product.factors != nullptr ? product.factors[row]
-                                              : scale_at(scales.rows[part][expert], scales.row_type, 0);
-        } else {
-            return 1.0f;
+// Brings them there while the tile's products are still to come.
+template <class C>
+__device__ inline void hopper_bring_scales(const HopperProduct& product, const typename C::Scales& scales,
+                                           const HopperTilePlace& place, int group) {
+    if constexpr (C::kCodes) {
+        static_assert(C::kGroupColumns == kGroupThreads, "one column a thread");
+        const int thread = static_cast<int>(threadIdx.x % kGroupThreads);
+        constexpr int kParts = C::kPair ? 2 : 1;
+        const int part = C::kPair ? thread / kBoxRows : 0;
+        const int32_t column = place.column + (C::kShareRows ? 0 : group * C::kGroupColumns / kParts) +
+                               (C::kPair ? thread % kBoxRows : thread);
+        float scale = 0.0f;
+        if (column < product.columns) {
+            scale = scale_at(scales.weights[part][place.expert], scales.weight_type, column * scales.stride);
         }
+        sync_some(1 + group, kGroupThreads);  // the last tile's have been read
+        hopper_scales<C>(group)[thread] = scale;
     }
-    __device__ float of_column(int part, int64_t column) const {
-        if constexpr (C::kCodes) {
-            return scale_at(scales.weights[part][expert], scales.weight_type, column * scales.stride);
-        } else {
-            return 1.0f;
-        }
+}
+
+// What sums of one row are multiplied with.
+template <class C>
+__device__ inline float hopper_factor(const HopperProduct& product, const typename C::Scales& scales, int32_t expert,
+                                      int part, int32_t row) {
+    if constexpr (C::kCodes) {
+        return product.factors != nullptr ? product.factors[row]
+                                          : scale_at(scales.rows[part][expert], scales.row_type, 0);
+    } else {
+        return 1.0f;
     }
-};
+}
 
 template <typename X>
 __device__ inline float swiglu_of(float gate, float up) {
@@ -298,16 +314,20 @@ __device__ inline void hopper_finish(const HopperProduct& product, const typenam
     constexpr int kParts = C::kPair ? 2 : 1;
     constexpr int kBlocks = C::kGroupColumns / 64 / kParts;  // of 64 columns of the result
     const int32_t first_column = place.column + (C::kShareRows ? 0 : group * kBlocks * 64) + thread % 4 * 2;
-    const HopperScaling<C> scaling{product, scales, place.expert};
     float next_scale = 1.0f;
     if constexpr (C::kEncode) {
         next_scale = scale_at(scales.next[place.expert], scales.row_type, 0);
+    }
+    const float* column_scales = nullptr;
+    if constexpr (C::kCodes) {
+        sync_some(1 + group, kGroupThreads);
+        column_scales = hopper_scales<C>(group);
     }
     const bool has[2] = {first_row < place.end, first_row + 8 < place.end};
     float factors[kParts][2] = {};
     for (int part = 0; part < kParts; ++part) {
         for (int h = 0; h < 2; ++h) {
-            factors[part][h] = has[h] ? scaling.of_row(part, first_row + 8 * h) : 0.0f;
+            factors[part][h] = has[h] ? hopper_factor<C>(product, scales, place.expert, part, first_row + 8 * h) : 0.0f;
         }
     }
 #pragma unroll
@@ -316,17 +336,17 @@ __device__ inline void hopper_finish(const HopperProduct& product, const typenam
         if (column >= product.columns) {
             continue;
         }
-        float column_scales[kParts][2];
-        for (int part = 0; part < kParts; ++part) {
-            column_scales[part][0] = scaling.of_column(part, column);
-            column_scales[part][1] = scaling.of_column(part, column + 1);
-        }
         for (int h = 0; h < 2; ++h) {
             float values[kParts][2];
             for (int part = 0; part < kParts; ++part) {
                 for (int l = 0; l < 2; ++l) {
-                    const float sum = sums[(i / 8 * kParts + part) * 32 + i % 8 * 4 + 2 * h + l];
-                    values[part][l] = C::kCodes ? sum * factors[part][h] * column_scales[part][l] : sum;
+                    const int block = i / 8 * kParts + part;
+                    const float sum = sums[block * 32 + i % 8 * 4 + 2 * h + l];
+                    values[part][l] = sum;
+                    if constexpr (C::kCodes) {
+                        const int own = block * 64 + i % 8 * 8 + thread % 4 * 2 + l;
+                        values[part][l] = sum * factors[part][h] * column_scales[own];
+                    }
                 }
             }
             if (!has[h]) {
@@ -371,6 +391,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     HopperTilePlace place;
     for (uint32_t tile = blockIdx.x; walk.find(tile, place); tile += gridDim.x) {
         float sums[C::kSums];
+        hopper_bring_scales<C>(product, scales, place, group);
         hopper_sum<C>(product, ring, group, sums);
         hopper_finish<C>(product, scales, place, group, sums);
     }

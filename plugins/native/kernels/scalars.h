@@ -3,7 +3,7 @@
 // large becomes its largest number. INT4, which is only read.
 //
 // Written out rather than taken from CUDA's headers, so that host and device share one definition that needs no CUDA.
-// On the device fp16 and FP8 use the conversion instructions, which do the same in one step.
+// On the device narrowing uses the conversion instructions, which do the same in one step.
 #pragma once
 
 #include <cstdint>
@@ -93,12 +93,18 @@ __host__ __device__ inline float from_float<float>(float value) {
 
 template <>
 __host__ __device__ inline Bfloat from_float<Bfloat>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    Bfloat result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+#else
     const uint32_t bits = bits_of(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) {  // NaN: set a kept mantissa bit, or truncation could leave infinity
         return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
     }
     // Half of the last kept place, less one if that place is even: a tie then carries only from odd to even.
     return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 
 template <>
