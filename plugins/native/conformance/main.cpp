@@ -2,8 +2,8 @@
 //
 //   shuntyard_conformance LIBRARY CASES [options]        CASES: a file, or - for stdin: gzip -dc cases.bin.gz | ... -
 //
-//   --tactic N        with tactic N, in the cases where the plugin offers it
-//   --every-tactic    with the default, and then with every tactic that the plugin offers
+//   --tactic N        with tactic N, in the cases that have it
+//   --every-tactic    with the default, and then with every tactic that the plugin or the C interface has
 //   --only TEXT       the cases whose names hold this
 //   --every N         the first of each N cases
 //   --outputs FILE    also writes what came out (of the first run of each case and tactic) for Python to judge:
@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 
 #include "conformance/arena.h"
@@ -44,6 +45,7 @@ constexpr Filling kFillings[] = {{0xa5, 0xff}, {0xff, 0x00}, {0x5a, 0x7b}};
 
 struct Tally {
     unsigned long cases = 0, runs = 0, failures = 0, tactics_absent = 0;
+    std::map<std::string, unsigned long> by_tactic;  // runs
 };
 
 // A call whose failure leaves the device unusable.
@@ -177,14 +179,16 @@ void take(const Options& options, const Library& library, const Case& made, Aren
         return;
     }
     for (const int32_t tactic : chosen(options, session, tally)) {
-        const std::string named = tactic == 0 ? "" : " (tactic " + std::to_string(tactic) + ")";
+        const std::string named = tactic == 0 ? "" : " (tactic " + library.name_of(tactic) + ")";
         try {
             std::string wrong = session.set_tactic(tactic);
             if (wrong.empty() && options.time) {
                 time_case(made, named, session, stopwatch);
             } else if (wrong.empty()) {
                 std::vector<Bytes> outputs;
+                const unsigned long before = tally.runs;
                 wrong = run(session, arena, made, outputs, tally);
+                tally.by_tactic[made.op == 1 ? library.name_of(tactic) : kOpNames[made.op]] += tally.runs - before;
                 if (outputs_file != nullptr && !outputs.empty()) {
                     write_outputs(outputs_file, made, tactic, outputs);
                 }
@@ -249,6 +253,9 @@ int run_all(const Options& options) {
                                    : ", " + std::to_string(tally.tactics_absent) + " cases do not have the tactic";
     std::printf("%lu cases, %lu runs%s, %lu failures, %.1f s\n", tally.cases, tally.runs, absent.c_str(),
                 tally.failures, took.count());
+    for (const auto& [name, runs] : tally.by_tactic) {
+        std::printf("  %lu runs of %s\n", runs, name.c_str());
+    }
     if (!options.time && tally.runs == 0) {
         std::printf("nothing has run\n");
         status = 1;

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "shuntyard_plugins.h"
+
 namespace conformance {
 namespace {
 
@@ -112,6 +114,17 @@ std::string text_of(const Dims& dims) {
     return text + "]";
 }
 
+// The C interface's number of a type.
+int type_code(DataType type) {
+    switch (type) {
+        case DataType::kFLOAT: return SHUNTYARD_FP32;
+        case DataType::kHALF: return SHUNTYARD_FP16;
+        case DataType::kBF16: return SHUNTYARD_BF16;
+        case DataType::kFP8: return SHUNTYARD_E4M3;
+        default: return SHUNTYARD_INT4;
+    }
+}
+
 template <typename Capability>
 Capability* capability(IPluginV3& plugin, PluginCapabilityType type) {
     return static_cast<Capability*>(plugin.getCapabilityInterface(type));
@@ -151,6 +164,50 @@ std::string Library::build_info() const {
     return info == nullptr ? "" : info();
 }
 
+std::vector<int32_t> Library::tactics_of(const Case& made) const {
+    auto* ask = reinterpret_cast<decltype(&shuntyard_moe_experts_tactics)>(
+        dlsym(handle_, "shuntyard_moe_experts_tactics"));
+    if (made.op != 1 || ask == nullptr) {
+        return {};
+    }
+    constexpr size_t kFirstWeight = 4;  // behind x, scores, expert_offsets and permutation
+    const bool fused = made.layout == "fused", linear = made.layout == "linear";
+    const size_t count = (linear ? 3 : 2) * (fused ? 1 : static_cast<size_t>(made.experts));
+    const bool scaled = made.inputs.size() > kFirstWeight + count, is_static = made.activations == "static";
+    bool each_one = true;
+    for (size_t i = kFirstWeight + count; i < std::min(made.inputs.size(), kFirstWeight + 2 * count); ++i) {
+        each_one = each_one && made.inputs[i].elements() == 1;
+    }
+    const Tensor &x = made.inputs[0], &down = made.inputs[kFirstWeight + count - 1];
+    int64_t intermediate = down.extents.at(fused || linear ? 1 : 0);
+    intermediate *= made.group_size > 0 ? 8 : 1;
+    const std::vector<const void*> somewhere(count, &made);
+    const shuntyard_expert_weights weights = {
+        fused ? SHUNTYARD_FUSED : linear ? SHUNTYARD_LINEAR : SHUNTYARD_SPLIT,
+        type_code(down.type),
+        !scaled ? SHUNTYARD_UNSCALED
+        : made.group_size > 0 ? SHUNTYARD_PER_GROUP
+        : each_one ? SHUNTYARD_PER_TENSOR
+                   : SHUNTYARD_PER_CHANNEL,
+        scaled ? type_code(made.inputs[kFirstWeight + count].type) : 0,
+        made.group_size,
+        somewhere.data(),
+        scaled ? somewhere.data() : nullptr,
+        is_static ? SHUNTYARD_STATIC : made.activations == "dynamic" ? SHUNTYARD_DYNAMIC : SHUNTYARD_AS_THEY_ARE,
+        is_static ? type_code(made.inputs.back().type) : 0,
+        is_static ? somewhere.data() : nullptr};
+    std::vector<int32_t> found(SHUNTYARD_LAST_TACTIC);
+    const int has = ask(type_code(x.type), &weights, x.extents.at(0), made.experts, made.top_k, x.extents.at(1),
+                        intermediate, found.data());
+    found.resize(static_cast<size_t>(std::max(0, has)));
+    return found;
+}
+
+std::string Library::name_of(int32_t tactic) const {
+    auto* ask = reinterpret_cast<decltype(&shuntyard_tactic_name)>(dlsym(handle_, "shuntyard_tactic_name"));
+    return ask == nullptr || tactic > SHUNTYARD_LAST_TACTIC ? std::to_string(tactic) : ask(tactic);
+}
+
 std::string Session::open(const Library& library, const Case& made) {
     IPluginCreatorV3One* creator = library.creator_of(kOpNames[made.op]);
     if (creator == nullptr) {
@@ -174,6 +231,11 @@ std::string Session::open(const Library& library, const Case& made) {
         return "createPlugin gives nothing while building";
     }
     std::string wrong = build(*plugin, made);
+    for (const int32_t tactic : library.tactics_of(made)) {
+        if (std::count(tactics_.begin(), tactics_.end(), tactic) == 0) {
+            tactics_.push_back(tactic);
+        }
+    }
     if (wrong.empty()) {
         wrong = load(*creator, *plugin);
     }

@@ -21,6 +21,10 @@ class Library {
     nvinfer1::IPluginCreatorV3One* creator_of(const std::string& name) const;
     // What shuntyard_build_info() says, or an empty string.
     std::string build_info() const;
+    // The tactics that the library's C interface has for a call, beside those that its plugins offer TensorRT.
+    std::vector<int32_t> tactics_of(const Case& made) const;
+    // What a tactic is called, or its number.
+    std::string name_of(int32_t tactic) const;
 
   private:
     void* handle_;
@@ -32,7 +36,7 @@ class Session {
     // Builds, stores, loads and attaches.
     std::string open(const Library& library, const Case& made);
 
-    // The default, 0, and then those that the plugin offered.
+    // The default, 0, and then those that the plugin or the C interface has.
     const std::vector<int32_t>& tactics() const { return tactics_; }
     size_t workspace_size() const { return workspace_size_; }
 

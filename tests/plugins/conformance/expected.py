@@ -112,7 +112,7 @@ def of_expert(scaled: Array, made: Weights, e: int, sums: Sums) -> Interval:
     """What one expert makes of scaled inputs ``[n, H]``; NaN where a row becomes it."""
     dtype = scaled.dtype
     wide = scaled.astype(np.float32)
-    spoiled: Array = np.isnan(wide).any(axis=1)
+    spoiled = np.asarray(np.isnan(wide).any(axis=1))
     if made.form.activations == "dynamic":
         spoiled |= np.isinf(wide).any(1)
     gate_part, up_part, down_part = parts_of(made, e, dtype)

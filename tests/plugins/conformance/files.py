@@ -101,7 +101,8 @@ class Uniform(NamedTuple):
         value = whole.astype(np.float32) * np.float32(2.0**self.exponent)
         if self.bias is not None:
             assert dtype == np.float32
-            return value + np.resize(self.bias, count)
+            biased: Array = value + np.resize(self.bias, count)
+            return biased
         made = value.astype(dtype)
         assert (made.astype(np.float32) == value).all(), "not exact in this type"
         return made

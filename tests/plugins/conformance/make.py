@@ -40,6 +40,7 @@ TOKENS = (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 
 EXPERTS = (1, 2, 3, 4, 5, 8, 15, 16, 16, 17, 32, 64, 128, 128, 256, 300, 512)
 WIDTHS = (1, 3, 8, 16, 24, 32, 48, 64, 64, 72, 80, 96, 112, 128, 128, 136, 144, 192, 200, 256, 256, 320, 384, 512)
 GROUPS = (1, 4, 8, 12, 16, 32, 32, 64, 128, 128)
+ALIGNED = (8, 16, 16, 32, 64)
 CHOICES = (1, 1, 1, 2, 2, 3, 4, 5, 6, 8)
 
 F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -194,11 +195,14 @@ def scatter_case(rng: np.random.Generator, name: str) -> Case:
 # -- experts
 
 
-def extents_of(rng: np.random.Generator, form_kind: tuple[str, ...], most_work: int) -> dict[str, int]:
+def extents_of(rng: np.random.Generator, form_kind: tuple[str, ...], most_work: int, aligned: bool) -> dict[str, int]:
     """T, E, K, H, F and the group size, of at most so many multiplications."""
+    unit = int(pick(rng, ALIGNED)) if aligned else 1
+    widths = [width for width in WIDTHS if width % unit == 0]
+    groups = [group for group in GROUPS if not aligned or group % 32 == 0]
     while True:
-        group = int(pick(rng, GROUPS)) if "group" in form_kind else 0
-        found = {"T": pick(rng, TOKENS), "E": pick(rng, EXPERTS), "H": pick(rng, WIDTHS), "F": pick(rng, WIDTHS)}
+        group = int(pick(rng, groups)) if "group" in form_kind else 0
+        found = {"T": pick(rng, TOKENS), "E": pick(rng, EXPERTS), "H": pick(rng, widths), "F": pick(rng, widths)}
         if group:
             unit = math.lcm(8, group)
             found |= {name: unit * max(1, round(found[name] / unit)) for name in "HF"}
@@ -209,15 +213,18 @@ def extents_of(rng: np.random.Generator, form_kind: tuple[str, ...], most_work: 
 
 
 def experts_case(rng: np.random.Generator, name: str, sums: Sums, most_work: int) -> Case:
-    """One call of the experts."""
+    """One call of the experts: of any form, or of such a one as kernels for tensor cores take."""
+    fast = rng.uniform() < 0.65
     kind = pick(rng, EVERY_KIND)
     manner = pick(rng, ["regular"] * 8 + ["with NaN", "broken"])
     if manner == "broken":
         most_work = min(most_work, 100_000)
-    size = extents_of(rng, kind, most_work)
+    size = extents_of(rng, kind, most_work, fast)
     tokens, experts, top_k, hidden, width = (size[n] for n in ("T", "E", "K", "H", "F"))
     form = form_of(kind, experts, size["group"]).check()
-    compute, stored = pick(rng, list(FORMATS)), pick(rng, list(FORMATS))
+    compute, stored = pick(rng, ["fp16", "bf16"] if fast else list(FORMATS)), pick(rng, list(FORMATS))
+    if fast and form.quantization == "none":
+        stored = compute
     dtype = np.dtype(FORMATS[compute])
     whole = form.activations != "none" and rng.uniform() < 0.4
     skew = pick(rng, data.SKEWS)
