@@ -50,12 +50,18 @@ void* allocate(size_t bytes) {
 
 void release(void* memory) { cudaFree(memory); }
 
+// On the stream, and waited for: a plain cudaMemcpy of pageable memory may return before the device has all of it, and
+// the stream does not wait for that.
 std::string upload(void* to, const void* from, size_t bytes) {
-    return said(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copying to the device");
+    const std::string wrong =
+        said(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, the_stream), "copying to the device");
+    return wrong.empty() ? said(cudaStreamSynchronize(the_stream), "copying to the device") : wrong;
 }
 
 std::string download(void* to, const void* from, size_t bytes) {
-    return said(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "copying from the device");
+    const std::string wrong =
+        said(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, the_stream), "copying from the device");
+    return wrong.empty() ? said(cudaStreamSynchronize(the_stream), "copying from the device") : wrong;
 }
 
 std::string copy_on_device(void* to, const void* from, size_t bytes) {
