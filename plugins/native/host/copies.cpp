@@ -16,7 +16,6 @@ namespace {
 constexpr uint64_t kBarrierMark = 0x5bad0000ba441e40u;
 constexpr uint64_t kMapMark = 0x7e2502ca9b0c5e11u;
 constexpr int64_t kMostBytes = (1 << 20) - 1;
-constexpr int64_t kRow = 128;  // bytes of a box's row
 
 const Operation kPublish{"tensor_map_publish"};
 
@@ -80,7 +79,7 @@ void end_phase_if_complete(uint32_t offset, Mbarrier& barrier) {
 }
 
 void arrive(uint64_t* place, uint32_t bytes, const char* operation) {
-    Fiber& fiber = self(operation);
+    Fiber& fiber = self(operation, kHopper);
     maybe_yield();
     Mbarrier& barrier = barrier_at(*fiber.block, place, operation);
     const uint32_t offset = offset_in_shared(*fiber.block, place, 8, operation);
@@ -138,7 +137,7 @@ void arrive_copy(const Copy& copy) {
     for (int64_t i = 0; i < map.box_rows; ++i) {
         const int64_t row = copy.row + i;
         const bool row_inside = 0 <= row && row < map.rows;
-        for (int64_t chunk = 0; chunk < kRow / 16; ++chunk) {
+        for (int64_t chunk = 0; chunk < kLine / 16; ++chunk) {
             char sixteen[16] = {};
             const int64_t first = copy.column + chunk * 16 / map.element_bytes;
             for (int64_t j = 0; row_inside && j < 16 / map.element_bytes; ++j) {
@@ -147,12 +146,13 @@ void arrive_copy(const Copy& copy) {
                            map.matrix + row * map.pitch + (first + j) * map.element_bytes, map.element_bytes);
                 }
             }
-            memcpy(to + i * kRow + (chunk ^ (i & 7)) * 16, sixteen, 16);
+            memcpy(to + i * kLine + (chunk ^ (i & 7)) * 16, sixteen, 16);
         }
+        copy.block->brought[copy.offset / kLine + i] = true;
     }
     Mbarrier& barrier =
         barrier_at(*copy.block, reinterpret_cast<uint64_t*>(copy.block->shared + copy.barrier), "a copy");
-    barrier.bytes -= map.box_rows * kRow;
+    barrier.bytes -= map.box_rows * kLine;
     if (barrier.bytes < -kMostBytes) {
         fail("barrier at %u: more bytes came than it can count", copy.barrier);
     }
@@ -190,7 +190,7 @@ void check_finished(Block& block) {
 using namespace emulated;
 
 void barrier_init(uint64_t* place, uint32_t count) {
-    Fiber& fiber = self("barrier_init");
+    Fiber& fiber = self("barrier_init", kHopper);
     Block& block = *fiber.block;
     if (reinterpret_cast<uintptr_t>(place) % 8 != 0) {
         fail("barrier_init: the barrier is not aligned to 8 bytes");
@@ -207,7 +207,7 @@ void barrier_init(uint64_t* place, uint32_t count) {
 }
 
 void barrier_init_fence() {
-    Fiber& fiber = self("barrier_init_fence");
+    Fiber& fiber = self("barrier_init_fence", kHopper);
     fiber.copies_unfenced = false;
     for (auto& [offset, barrier] : fiber.block->mbarriers) {
         if (barrier.unfenced == &fiber) {
@@ -221,7 +221,7 @@ void barrier_arrive(uint64_t* barrier) { arrive(barrier, 0, "barrier_arrive"); }
 void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) { arrive(barrier, bytes, "barrier_arrive_expecting"); }
 
 void barrier_wait(uint64_t* place, uint32_t parity) {
-    Fiber& fiber = self("barrier_wait");
+    Fiber& fiber = self("barrier_wait", kHopper);
     if (parity > 1) {
         fail("barrier_wait: a parity of %u", parity);
     }
@@ -229,6 +229,7 @@ void barrier_wait(uint64_t* place, uint32_t parity) {
     while (true) {
         Mbarrier& barrier = barrier_at(*fiber.block, place, "barrier_wait");
         if ((barrier.phase & 1) != parity) {
+            maybe_yield();
             return;
         }
         barrier.waiting.push_back(&fiber);
@@ -237,14 +238,14 @@ void barrier_wait(uint64_t* place, uint32_t parity) {
 }
 
 void tma_load(void* to, const TensorMap* words, uint64_t* place, int32_t column, int32_t row) {
-    Fiber& fiber = self("tma_load");
+    Fiber& fiber = self("tma_load", kHopper);
     Block& block = *fiber.block;
     if (reinterpret_cast<uintptr_t>(words) % 64 != 0) {
         fail("tma_load: the map is not aligned to 64 bytes");
     }
     check_usable(fiber, words);
     const Map map = map_of(*words, "tma_load");
-    const size_t bytes = map.box_rows * kRow;
+    const size_t bytes = map.box_rows * kLine;
     const uint32_t offset = offset_in_shared(block, to, bytes, "tma_load");
     if (offset % 1024 != 0) {
         fail("tma_load: a box at %u, must be at a multiple of 1024", offset);
@@ -255,20 +256,22 @@ void tma_load(void* to, const TensorMap* words, uint64_t* place, int32_t column,
     }
     for (const Copy& other : machine.copies) {
         const Map others = map_of(other.map, "a copy");
-        if (other.block == &block && offset < other.offset + others.box_rows * kRow && other.offset < offset + bytes) {
+        if (other.block == &block && offset < other.offset + others.box_rows * kLine && other.offset < offset + bytes) {
             fail("tma_load: to %u, where another copy is under way", offset);
         }
     }
     memset(to, kPoison, bytes);
+    std::fill_n(block.brought.begin() + offset / kLine, map.box_rows, false);
     machine.copies.push_back(
         {&block, offset, offset_in_shared(block, place, 8, "tma_load"), *words, column, row});
     if (chance(machine.policy.copies)) {
         bring_some_copy();
     }
+    maybe_yield();
 }
 
 void tensor_map_point(TensorMap* words, const void* matrix) {
-    Fiber& fiber = self("tensor_map_point");
+    Fiber& fiber = self("tensor_map_point", kHopper);
     if (offset_in_shared(*fiber.block, words, sizeof(*words), "tensor_map_point") % 128 != 0) {
         fail("tensor_map_point: the map is not aligned to 128 bytes");
     }
@@ -304,7 +307,7 @@ void tensor_map_publish(TensorMap* to, const TensorMap* from) {
     });
 }
 
-void tensor_map_acquire(const TensorMap* map) { self("tensor_map_acquire").acquired[map] = ++machine.clock; }
+void tensor_map_acquire(const TensorMap* map) { self("tensor_map_acquire", kHopper).acquired[map] = ++machine.clock; }
 
 uint32_t cluster_rank() { return self("cluster_rank").block->rank; }
 uint32_t cluster_size() { return static_cast<uint32_t>((self("cluster_size"), machine.blocks.size())); }
@@ -328,7 +331,7 @@ int32_t load_from_block(const int32_t* place, uint32_t rank) {
 int encode_tensor_map(TensorMap& words, int element_bytes, const void* matrix, int64_t columns, int64_t rows,
                       int64_t pitch_bytes, int box_columns, int box_rows) {
     // What cuTensorMapEncodeTiled refuses.
-    if ((element_bytes != 1 && element_bytes != 2) || box_columns * element_bytes != kRow || box_rows < 1 ||
+    if ((element_bytes != 1 && element_bytes != 2) || box_columns * element_bytes != kLine || box_rows < 1 ||
         box_rows > 256 || reinterpret_cast<uintptr_t>(matrix) % 16 != 0 || reinterpret_cast<uintptr_t>(&words) % 64 ||
         matrix == nullptr || columns < 1 || rows < 1 || columns > int64_t{1} << 32 || rows > int64_t{1} << 32 ||
         pitch_bytes % 16 != 0 || pitch_bytes < columns * element_bytes || pitch_bytes >= int64_t{1} << 40) {

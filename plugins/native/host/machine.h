@@ -14,6 +14,7 @@ namespace emulated {
 
 constexpr uint32_t kWindow = 1024;           // the first address of dynamic shared memory
 constexpr size_t kMostShared = 227 * 1024;   // bytes of dynamic shared memory of a block
+constexpr uint32_t kLine = 128;              // bytes of a box's row
 constexpr unsigned char kPoison = 0xff;      // NaN in every float format, -1 as an integer
 
 struct Block;
@@ -29,7 +30,6 @@ enum class State { kReady, kRunning, kWaiting, kDone };
 // A thread of the kernel.
 struct Fiber {
     void* stack_pointer = nullptr;
-    char* stack = nullptr;
     Block* block = nullptr;
     Warp* warp = nullptr;
     uint32_t thread = 0;
@@ -52,6 +52,7 @@ struct Warp {
     uint64_t committed = 0, retired = 0;
     std::deque<uint64_t> groups;  // that are not waited for: the number behind the last product of each
     bool begun = false;
+    int registers = 0;  // of a thread
 };
 
 // A product that is under way.
@@ -96,6 +97,9 @@ struct Block {
     uint32_t threads = 0, exited = 0;
     char* shared = nullptr;
     size_t shared_size = 0;
+    std::vector<bool> brought;  // lines of shared memory that a copy has written
+    int free_registers = 0;     // of those that fewer_registers gave back
+    std::vector<Fiber*> need_registers;
     std::vector<Fiber*> fibers;
     std::vector<Warp> warps;
     std::vector<WarpGroup> groups;
@@ -131,14 +135,29 @@ struct Machine {
 };
 extern Machine machine;
 
+struct Launch {
+    void (*thread)(void*);
+    void* arguments;
+};
+extern Launch the_launch;
+
 // Ends the process with a message that says which thread did it.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 uint32_t random_below(uint32_t bound);
 inline bool chance(uint32_t of_64) { return of_64 > 0 && random_below(64) < of_64; }
 
-// The fiber that runs, which there must be.
-Fiber& self(const char* operation);
+// The fiber that runs, which there must be, for an operation that takes a device of this compute capability or more;
+// kHopper: of this one.
+constexpr int kHopper = 90;
+Fiber& self(const char* operation, int capability = 0);
+// A fiber, to be started from the beginning of the launch's kernel; each number is a stack of its own.
+Fiber& fresh_fiber(size_t number);
+void run_fiber(Fiber& fiber);
+void back_to_scheduler();
+void thread_exits(Fiber& fiber);
+char* map_memory(size_t size);
+
 // Lets others run until it is made ready.
 void wait_as(const char* waits_for, int64_t which = 0, int64_t detail = 0);
 void make_ready(Fiber& fiber);
@@ -148,9 +167,11 @@ void maybe_yield();
 // All lanes of the warp; the last to come acts for all, by what each has left in `arguments`.
 void with_warp(const Operation& operation, void* argument, void (*act)(Warp& warp));
 
+// Poisoned shared memory, between walls that its end checks.
+void give_shared(Block& block, size_t size);
+
 // The offset of `size` bytes of the block's shared memory.
 uint32_t offset_in_shared(const Block& block, const void* pointer, size_t size, const char* operation);
-bool in_shared(const Block& block, const void* pointer);
 
 // What happens by itself: a copy arrives, a product is computed. False if there is none.
 bool bring_some_copy();

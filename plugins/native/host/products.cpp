@@ -48,6 +48,9 @@ const char* sixteen(const Block& block, uint32_t address) {
         fail("a product reads at %lld, outside of the block's shared memory of %zu bytes",
              static_cast<long long>(swizzled) - kWindow, block.shared_size);
     }
+    if (!block.brought[(swizzled - kWindow) / kLine]) {
+        fail("a product reads at %u what no copy has brought, or what another has begun to overwrite", swizzled - kWindow);
+    }
     return block.shared + (swizzled - kWindow);
 }
 
@@ -209,6 +212,10 @@ void retire_below(Warp& warp, WarpGroup& group, uint64_t end) {
         }
         const int first = warp.number % 4 * 32;
         for (int thread = first; thread < first + 32; ++thread) {
+            const Fiber& owner = *group.fibers[thread];
+            if (&owner != machine.running && static_cast<void*>(done.registers[thread]) < owner.stack_pointer) {
+                fail("products_wait: the registers of thread %d that a product was working on are gone", thread);
+            }
             for (int i = 0; i < registers_of(done.product); ++i) {
                 float& value = done.registers[thread][i];
                 if (bits_of(value) != kUnderWay) {
@@ -258,6 +265,7 @@ void compute_some_product() {
 using namespace emulated;
 
 void products_begin() {
+    self("products_begin", kHopper);
     with_warp(kBegin, nullptr, [](Warp& warp) { warp.begun = true; });
 }
 
@@ -286,7 +294,7 @@ void wait_for_products(int pending) {
 }
 
 void multiply_group(float* d, const Product& product) {
-    Fiber& fiber = self("GroupProduct::multiply");
+    Fiber& fiber = self("GroupProduct::multiply", kHopper);
     WarpGroup& group = group_of(*fiber.warp, "GroupProduct::multiply");
     if (group.arrived > 0 &&
         (group.product.operand != product.operand || group.product.major != product.major ||

@@ -84,6 +84,11 @@ void multiply_warp(Warp& warp) {
 
 void nothing(Warp&) {}
 
+int registers_at_start(const Block& block) {
+    const int registers = static_cast<int>(65536 / block.threads / 8 * 8);
+    return registers < 248 ? registers : 248;
+}
+
 }  // namespace
 
 const float* half_values() {
@@ -127,8 +132,43 @@ void with_warp(const Operation& operation, void* argument, void (*act)(Warp& war
 using namespace emulated;
 
 void sync_warp() { with_warp(kSyncWarp, nullptr, nothing); }
-void more_registers() { with_warp(kMore, nullptr, nothing); }
-void fewer_registers() { with_warp(kFewer, nullptr, nothing); }
+
+// A block's threads begin with an equal part of the 65,536 registers of a multiprocessor, in steps of 8. More of them
+// come from what others give back: until then, a warp waits.
+void more_registers() {
+    Fiber& fiber = self("more_registers", kHopper);
+    with_warp(kMore, nullptr, nothing);
+    Block& block = *fiber.block;
+    const int more = 240 - registers_at_start(block);
+    while (fiber.warp->registers == 0) {
+        if (block.free_registers >= 32 * more) {
+            block.free_registers -= 32 * more;
+            fiber.warp->registers = 240;
+            break;
+        }
+        block.need_registers.push_back(&fiber);
+        wait_as("more_registers");
+    }
+    if (fiber.warp->registers != 240 || more < 0) {
+        fail("more_registers: 240 of them, and it has as many or more");
+    }
+}
+
+void fewer_registers() {
+    self("fewer_registers", kHopper);
+    with_warp(kFewer, nullptr, [](Warp& warp) {
+        Block& block = *warp.block;
+        if (warp.registers != 0) {
+            fail("fewer_registers: its warp has changed their number before");
+        }
+        warp.registers = 24;
+        block.free_registers += 32 * (registers_at_start(block) - 24);
+        for (Fiber* waiting : block.need_registers) {
+            make_ready(*waiting);
+        }
+        block.need_registers.clear();
+    });
+}
 
 uint32_t shuffle(uint32_t value, int lane) {
     Exchange own{value, lane, 0};
@@ -204,6 +244,7 @@ uint32_t reduce_max(uint32_t value) {
 }
 
 void multiply_fragments(Operand operand, float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    self("multiply", 89);
     Fragments own{d, a, {b0, b1}};
     constexpr void (*kActs[])(Warp&) = {multiply_warp<Operand::kHalf>, multiply_warp<Operand::kBfloat>,
                                         multiply_warp<Operand::kE4m3>};

@@ -154,19 +154,20 @@ __global__ void __launch_bounds__(kMostThreads) route(SHUNTYARD_TABLE(Routing) c
     const int64_t top_k = call.top_k;
     const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
 
-    int32_t* const counts = reinterpret_cast<int32_t*>(shared_memory());  // [warps, E], later of those before
-    int32_t* const totals = counts + warps * experts;                    // [E], of this block
-    int32_t* const sums = totals + experts;                              // [E], of all
-    int32_t* const starts = sums + experts;                              // [E], the block's first rows
+    Slot* const shared_slots = reinterpret_cast<Slot*>(shared_memory());  // [block_tokens * K], if they fit
+    const int64_t shared_count = call.slots == nullptr ? call.block_tokens * top_k : 0;
+    int32_t* const counts = reinterpret_cast<int32_t*>(shared_slots + shared_count);  // [warps, E], later of those before
+    int32_t* const totals = counts + warps * experts;                                 // [E], of this block
+    int32_t* const sums = totals + experts;                                           // [E], of all
+    int32_t* const starts = sums + experts;                                           // [E], the block's first rows
     int32_t* const own_counts = counts + warp * experts;
 
     const int64_t block_first = smaller(rank * call.block_tokens, call.tokens);
     const int64_t block_end = smaller(block_first + call.block_tokens, call.tokens);
     const int64_t first = smaller(block_first + warp * call.warp_tokens, block_end);
     const int64_t end = smaller(first + call.warp_tokens, block_end);
-    Slot* const slots = call.slots != nullptr
-                            ? call.slots + first * top_k
-                            : reinterpret_cast<Slot*>(counts + (warps + 4) * experts) + (first - block_first) * top_k;
+    Slot* const slots =
+        call.slots != nullptr ? call.slots + first * top_k : shared_slots + (first - block_first) * top_k;
     const int64_t own_slots = (end - first) * top_k;
 
     choose_experts<kLanes, kQuads>(call, first, end, slots);
@@ -264,7 +265,7 @@ int route_with(Routing& call, void* workspace, void* stream) {
     call.warp_tokens = ceil_div(ceil_div(call.block_tokens, warps), kTokens) * kTokens;
     Shape shape{grid_of(blocks), dim3(static_cast<unsigned>(32 * warps))};
     shape.cluster = static_cast<unsigned>(blocks);
-    shape.shared = (warps + 4) * call.experts * sizeof(int32_t);
+    shape.shared = (warps + 3) * call.experts * sizeof(int32_t);
     const size_t slots = call.block_tokens * call.top_k * sizeof(Slot);
     if (shape.shared + slots <= kSharedSpace) {
         shape.shared += slots;

@@ -23,6 +23,7 @@ enum Fault {
     kBarriersCross,
     kOutsideShared,
     kUnaligned,
+    kUnalignedPair,
     // of clusters
     kBlockLeaves,
     kNoSyncCluster,
@@ -44,22 +45,26 @@ enum Fault {
     kNotBegun,
     kTouched,
     kPartlyShared,
+    kRegistersGone,
+    kNotBrought,
     kCopyLeft,
     // of maps
     kNoAcquire,
     kAcquiredByAnother,
     kNotPublished,
     kMapOnStack,
+    // of registers
+    kNoneGiven,
     kFaults
 };
 
 const char* const kNames[] = {
     "none", "no sync_block", "no sync_block before reuse", "no sync_warp", "lane leaves", "lanes part",
-    "part of a warp", "counts differ", "barriers cross", "outside shared", "unaligned", "block leaves",
+    "part of a warp", "counts differ", "barriers cross", "outside shared", "unaligned", "unaligned pair", "block leaves",
     "no sync_cluster", "never initialised", "overwritten", "one arrival more", "one arrival less", "no fence",
     "fewer bytes", "more bytes", "box offset", "early read", "early refill", "released early", "not waited",
-    "not committed", "not begun", "touched", "partly shared", "copy left", "no acquire", "acquired by another",
-    "not published", "map on stack"};
+    "not committed", "not begun", "touched", "partly shared", "registers gone", "not brought", "copy left",
+    "no acquire", "acquired by another", "not published", "map on stack", "none given"};
 static_assert(sizeof(kNames) / sizeof(*kNames) == kFaults, "a name for each");
 
 // Two warps exchange numbers, twice over the same place.
@@ -82,6 +87,9 @@ __global__ void exchange(int fault, float* out) {
     }
     if (fault == kUnaligned) {
         load(reinterpret_cast<char*>(places) + 4);
+    }
+    if (fault == kUnalignedPair) {
+        sum += static_cast<float>(*reinterpret_cast<uint64_t*>(places + 1));
     }
     out[thread] = sum;
 }
@@ -159,10 +167,17 @@ __global__ void hand_over(int fault, float* out) {
     out[thread] = sum;
 }
 
+using Multiply = GroupProduct<Operand::kE4m3, Major::kK, 64>;
+
+// A product on registers that nobody keeps.
+__attribute__((noinline)) void multiply_and_leave(const char* place) {
+    float sums[32];
+    Multiply::multiply(sums, descriptor(place, 16, 1024), descriptor(place, 16, 1024), false);
+}
+
 // d [64, 64] = a [64, K] * b [64, K], E4M3, through a ring of two stages.
 __global__ void ring(int fault, SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(TensorMap) b, float* out) {
     constexpr uint32_t kBox = 64 * 128, kStage = 2 * kBox, kBlocks = 6;
-    using Multiply = GroupProduct<Operand::kE4m3, Major::kK, 64>;
     char* const stages = shared_memory();
     uint64_t* const full = reinterpret_cast<uint64_t*>(stages + 2 * kStage);
     uint64_t* const empty = full + 2;
@@ -184,11 +199,13 @@ __global__ void ring(int fault, SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
             char* const place = stages + stage * kStage + (fault == kBoxOffset ? 128 : 0);
             barrier_wait(&empty[stage], (block / 2 & 1) ^ (fault == kEarlyRefill ? 0 : 1));
             barrier_arrive_expecting(&full[stage],
-                                     fault == kFewerBytes  ? kBox
-                                     : fault == kMoreBytes ? kStage + 1
-                                                           : kStage);
+                                     fault == kFewerBytes || fault == kNotBrought ? kBox
+                                     : fault == kMoreBytes                        ? kStage + 1
+                                                                                  : kStage);
             tma_load(place, &a, &full[stage], static_cast<int32_t>(128 * block), 0);
-            tma_load(place + kBox, &b, &full[stage], static_cast<int32_t>(128 * block), 0);
+            if (fault != kNotBrought) {
+                tma_load(place + kBox, &b, &full[stage], static_cast<int32_t>(128 * block), 0);
+            }
         }
         return;
     }
@@ -204,6 +221,9 @@ __global__ void ring(int fault, SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
             const uint32_t other = fault == kPartlyShared && thread / 32 == 2 ? 64 : 32;
             Multiply::multiply(sums, descriptor(place + 32 * step, 16, 1024),
                                descriptor(place + kBox + other * step, 16, 1024), block > 0 || step > 0);
+        }
+        if (fault == kRegistersGone) {
+            multiply_and_leave(place);
         }
         if (fault == kTouched && thread == 7) {
             sums[3] = 0;
@@ -263,6 +283,15 @@ __global__ void own_map(int fault, SHUNTYARD_TABLE(TensorMap) like, const uint8_
     out[thread] = to_float(E4m3{static_cast<uint8_t>(box[thread])});
 }
 
+__global__ void trade_registers(int fault, float* out) {
+    if (threadIdx.x >= 128) {
+        more_registers();
+    } else if (fault != kNoneGiven) {
+        fewer_registers();
+    }
+    out[threadIdx.x] = 1;
+}
+
 std::vector<uint8_t> some_codes(size_t count) {
     std::vector<uint8_t> codes(count + 15);
     for (size_t i = 0; i < codes.size(); ++i) {
@@ -280,7 +309,7 @@ T* aligned_to(std::vector<uint8_t>& bytes, uintptr_t alignment) {
 int run(int kind, int fault, float* out) {
     Shape shape{dim3(1), dim3(64)};
     shape.shared = 256;
-    if (kind < kNoSyncWarp || kind == kOutsideShared || kind == kUnaligned) {
+    if (kind < kNoSyncWarp || (kind >= kOutsideShared && kind <= kUnalignedPair)) {
         return launch(exchange, shape, nullptr, fault, out);
     }
     if (kind < kPartOfAWarp) {
@@ -298,6 +327,10 @@ int run(int kind, int fault, float* out) {
     }
     if (kind < kNoFence) {
         return launch(hand_over, shape, nullptr, fault, out);
+    }
+    if (kind == kNoneGiven) {
+        shape.block = dim3(384);
+        return launch(trade_registers, shape, nullptr, fault, out);
     }
     constexpr int64_t kDepth = 7 * 128;
     std::vector<uint8_t> codes = some_codes(64 * kDepth);
