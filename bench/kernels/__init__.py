@@ -1,0 +1,1 @@
+"""What bench/moe_kernels.py is made of: arithmetic, results and the plot need no GPU; the rest does."""
