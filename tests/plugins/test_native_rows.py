@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +14,36 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.plugins.forms import FORMATS, Array
-from tests.plugins.native_build import ALL_FILLS, OK, Fenced, Memory, Native, formats, memories, same_numbers
+from tests.plugins.native_build import (
+    ALL_FILLS,
+    OK,
+    CMakeBuild,
+    Fenced,
+    Memory,
+    Native,
+    formats,
+    memories,
+    same_numbers,
+)
 
 DEVICES = {"ada": (89, 3), "hopper": (90, 132), "slice of hopper": (90, 16), "blackwell": (120, 170)}
 SEEDS = st.integers(0, 2**32)
 LOGITS = ("normal", "ties", "special", "one expert", "NaN alone")
+
+ROUTE_TWICE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.test_device(90, 132)
+library.test_largest_cluster(8)
+given = sys.stdin.buffer.read()
+logits = (ctypes.c_char * len(given)).from_buffer_copy(given)
+scores, permutation, offsets, workspace = ((ctypes.c_int32 * 20000)() for _ in range(4))
+sizes = [ctypes.c_int64(size) for size in (8500, 16, 1)]
+for _ in range(2):
+    places = logits, scores, offsets, permutation
+    assert library.shuntyard_moe_routing(*places, *sizes, workspace, ctypes.c_size_t(80000), None) == 0
+    sys.stdout.buffer.write(bytes(permutation)[: 4 * 8500])
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -108,6 +135,16 @@ def test_routing_of_logits_between_quads(on_host: Native, experts: int) -> None:
     np.testing.assert_array_equal(outputs[2].bytes.view(np.int32), permutation)
 
 
+def test_routing_where_clusters_are_small(built: CMakeBuild) -> None:
+    """In a process of its own, as a device that has refused 16 blocks is not asked again: here, twice in one launch."""
+    path = built.directory / "plugins/native/tests/libshuntyard_on_host.so"
+    logits = logits_like(np.random.default_rng(3), "ties", 8500, 16)
+    command = [sys.executable, "-c", ROUTE_TWICE, str(path)]
+    done = subprocess.run(command, input=logits.tobytes(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    np.testing.assert_array_equal(np.frombuffer(done.stdout, np.int32), np.tile(routed(logits, 1)[2], 2))
+
+
 def added(feeds: dict[str, Array], top_k: int) -> Array:
     """Of two rows for one slot the later counts, a slot without a row is NaN."""
     base, rows, permutation = feeds.values()
@@ -143,7 +180,7 @@ def feeds_like(rng: np.random.Generator, tokens: int, top_k: int, hidden: int, c
     device=st.sampled_from(list(DEVICES)),
     tokens=st.sampled_from([1, 2, 7, 60, 333, 1001]),
     top_k=st.integers(1, 4),
-    hidden=st.sampled_from([1, 3, 4, 8, 12, 16, 40, 64, 136]),
+    hidden=st.sampled_from([1, 3, 4, 8, 12, 16, 40, 64, 131, 520, 1032]),
     compute=formats,
     spoiled=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
     at_start=st.booleans(),

@@ -19,6 +19,7 @@ namespace {
 
 uint64_t given_seed = 1;
 Device given_device{90, 4};
+unsigned largest_cluster = 16;
 
 std::string named(const Fiber& fiber) {
     char text[128];
@@ -171,7 +172,7 @@ bool possible(const Shape& shape) {
     if (block.x == 0 || block.x > 1024 || block.x % 32 != 0 || block.y != 1 || block.z != 1) {
         return false;
     }
-    if (shape.cluster == 0 || shape.cluster > 16 || grid.x % shape.cluster != 0) {
+    if (shape.cluster == 0 || shape.cluster > largest_cluster || grid.x % shape.cluster != 0) {
         return false;
     }
     return shape.cluster == 1 || given_device.capability >= 90;
@@ -283,6 +284,9 @@ extern "C" {
 
 // Draws orders anew; 0: one thread after the other, and everything as late as it may be.
 SHUNTYARD_API void test_seed(uint64_t seed) { shuntyard::emulated::given_seed = seed; }
+
+// CUDA promises 8 blocks; devices differ in whether they have room for more.
+SHUNTYARD_API void test_largest_cluster(unsigned blocks) { shuntyard::emulated::largest_cluster = blocks; }
 
 SHUNTYARD_API void test_device(int capability, int multiprocessors) {
     shuntyard::emulated::given_device = {capability, multiprocessors};

@@ -1,7 +1,7 @@
-// FOR TESTS ONLY: just enough of CUDA to compile the kernels as plain C++ and run their threads one after another.
+// FOR TESTS ONLY: just enough of CUDA to compile the kernels as plain C++ and run them where there is no GPU.
 //
-// It holds the kernels' arithmetic to the numpy oracle where there is no GPU. It can, because the kernels use neither
-// shared memory nor barriers nor atomics: any order of threads gives the same result, this one included.
+// Kernels that use neither shared memory nor barriers nor atomics are launched by two dim3s, and run one thread after
+// another: any order of threads gives the same result, this one included. Those that a Shape launches run as fibers.
 #pragma once
 
 #include <cmath>
@@ -57,6 +57,8 @@ struct Device {
     int multiprocessors;
     int code = 90;
 };
+
+inline void forget_error() {}
 
 // The device that is emulated; tests set it (emulator.cpp, test_device).
 int current_device(Device& device);

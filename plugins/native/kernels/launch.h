@@ -80,6 +80,9 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Argu
     return launch_shaped(kernel, shape, stream, packed, std::index_sequence_for<Parameters...>{});
 }
 
+// After a launch that was refused and that something else has taken the place of: nobody is to find its error later.
+inline void forget_error() { cudaGetLastError(); }
+
 // What kernels are chosen by.
 struct Device {
     int capability;  // 10 * major + minor

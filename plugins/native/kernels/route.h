@@ -6,6 +6,8 @@
 // threads.
 #pragma once
 
+#include <atomic>
+
 #include "kernels/primitives.h"
 
 namespace shuntyard {
@@ -247,17 +249,7 @@ __global__ void __launch_bounds__(kMostThreads) route(SHUNTYARD_TABLE(Routing) c
 }
 
 template <int kLanes, int kQuads>
-int route_with(Routing& call, void* workspace, void* stream) {
-    Device device;
-    SHUNTYARD_TRY(current_device(device));
-    // 16 blocks are more than CUDA promises: a whole Hopper has room for them.
-    const int64_t most_blocks = device.capability < 90                                      ? 1
-                                : device.capability == 90 && device.multiprocessors >= 100 ? 16
-                                                                                            : 8;
-    int64_t blocks = 1;
-    while (blocks < most_blocks && 2 * blocks * kLogitsOfBlock <= call.tokens * call.experts) {
-        blocks *= 2;
-    }
+int route_in(Routing call, int64_t blocks, void* workspace, void* stream) {
     constexpr int64_t kTokens = Chooser<kLanes, kQuads>::kTokens;
     call.block_tokens = ceil_div(call.tokens, blocks);
     int64_t warps = ceil_div(call.block_tokens, kTokens);
@@ -275,7 +267,27 @@ int route_with(Routing& call, void* workspace, void* stream) {
     return launch(route<kLanes, kQuads>, shape, stream, call);
 }
 
-inline int route_at_once(Routing& call, void* workspace, void* stream) {
+template <int kLanes, int kQuads>
+int route_with(const Routing& call, void* workspace, void* stream) {
+    // 16 blocks are more than CUDA promises. Most Hoppers have room for them; one that has not is not asked again.
+    static std::atomic<bool> refused{false};
+    Device device;
+    SHUNTYARD_TRY(current_device(device));
+    const int64_t most_blocks = device.capability < 90 ? 1 : device.capability > 90 || refused ? 8 : 16;
+    int64_t blocks = 1;
+    while (blocks < most_blocks && 2 * blocks * kLogitsOfBlock <= call.tokens * call.experts) {
+        blocks *= 2;
+    }
+    const int status = route_in<kLanes, kQuads>(call, blocks, workspace, stream);
+    if (status == SHUNTYARD_OK || blocks <= 8) {
+        return status;
+    }
+    forget_error();
+    refused = true;
+    return route_in<kLanes, kQuads>(call, 8, workspace, stream);
+}
+
+inline int route_at_once(const Routing& call, void* workspace, void* stream) {
     return call.experts <= 4     ? route_with<1, 1>(call, workspace, stream)
            : call.experts <= 8   ? route_with<2, 1>(call, workspace, stream)
            : call.experts <= 16  ? route_with<4, 1>(call, workspace, stream)

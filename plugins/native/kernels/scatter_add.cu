@@ -12,6 +12,7 @@ constexpr int64_t kMostSearched = 65536;
 constexpr unsigned kMostThreads = 256;
 constexpr int64_t kBlocksOfMultiprocessor = 4;
 constexpr int kTogether = 2;  // pieces of a thread: with theirs, enough bytes of a multiprocessor are on their way
+constexpr int64_t kFewestPieces = 64;  // of a row, that a block of its own is worth
 constexpr size_t kSharedSpace = 48 * 1024;
 
 struct Addition {
@@ -71,27 +72,37 @@ struct Piece {
     }
 };
 
-// The block's range of tokens: all blocks have the same number, or one less.
-__device__ inline int64_t first_token(const Addition& task, int64_t block) { return block * task.tokens / gridDim.x; }
+// Where the range of part `part` of `parts` begins: all are of one size, or one less.
+__device__ inline int64_t part_of(int64_t size, int64_t part, int64_t parts) { return part * size / parts; }
+
+// A block's tokens are a part of them by its x, and its columns by its y.
+__device__ inline int64_t first_token(const Addition& task, int64_t block) {
+    return part_of(task.tokens, block, gridDim.x);
+}
 
 // Adds up the block's tokens, whose rows `find` knows by their slots; negative: there is none.
 template <typename X, bool kWide, typename Find>
 __device__ inline void add_rows(const Addition& task, const Find& find) {
     using Part = Piece<X, kWide>;
-    const X* const base = static_cast<const X*>(task.base);
-    const X* const rows = static_cast<const X*>(task.rows);
-    const uint32_t pieces = static_cast<uint32_t>(task.hidden / Part::kColumns);
+    const int64_t row_pieces = task.hidden / Part::kColumns;
+    const int64_t first_piece = part_of(row_pieces, blockIdx.y, gridDim.y);
+    const uint32_t pieces = static_cast<uint32_t>(part_of(row_pieces, int64_t{blockIdx.y} + 1, gridDim.y) - first_piece);
+    const X* const base = static_cast<const X*>(task.base) + first_piece * Part::kColumns;
+    const X* const rows = static_cast<const X*>(task.rows) + first_piece * Part::kColumns;
+    X* const out = static_cast<X*>(task.out) + first_piece * Part::kColumns;
     const uint32_t step_tokens = blockDim.x / pieces, step_pieces = blockDim.x % pieces;
-    const int64_t end = first_token(task, int64_t{blockIdx.x} + 1);
-    int64_t token = first_token(task, blockIdx.x) + threadIdx.x / pieces;
+    // Numbers of tokens and of slots fit 31 bits, a row's columns too.
+    const uint32_t end = static_cast<uint32_t>(first_token(task, int64_t{blockIdx.x} + 1));
+    const uint32_t top_k = static_cast<uint32_t>(task.top_k);
+    uint32_t token = static_cast<uint32_t>(first_token(task, blockIdx.x)) + threadIdx.x / pieces;
     uint32_t piece = threadIdx.x % pieces;
     while (token < end) {
         Part totals[kTogether];
-        int64_t tokens[kTogether], columns[kTogether];
+        uint32_t tokens[kTogether], columns[kTogether];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
             tokens[i] = token;
-            columns[i] = int64_t{piece} * Part::kColumns;
+            columns[i] = piece * Part::kColumns;
             if (token < end) {
                 totals[i].read(base + token * task.hidden + columns[i]);
             }
@@ -102,11 +113,11 @@ __device__ inline void add_rows(const Addition& task, const Find& find) {
                 ++token;
             }
         }
-        for (int64_t k = 0; k < task.top_k; ++k) {
+        for (uint32_t k = 0; k < top_k; ++k) {
             Part others[kTogether];
 #pragma unroll
             for (int i = 0; i < kTogether; ++i) {
-                const int64_t row = tokens[i] < end ? find(tokens[i] * task.top_k + k) : -1;
+                const int32_t row = tokens[i] < end ? find(tokens[i] * top_k + k) : -1;
                 if (row >= 0) {
                     others[i].read(rows + row * task.hidden + columns[i]);
                 } else {
@@ -124,7 +135,7 @@ __device__ inline void add_rows(const Addition& task, const Find& find) {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
             if (tokens[i] < end) {
-                totals[i].write(static_cast<X*>(task.out) + tokens[i] * task.hidden + columns[i]);
+                totals[i].write(out + tokens[i] * task.hidden + columns[i]);
             }
         }
     }
@@ -166,7 +177,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor)
         look(row, static_cast<uint32_t>(task.permutation[row]));
     }
     sync_block();
-    add_rows<X, kWide>(task, [&](int64_t slot) { return int64_t{row_of[slot - first_slot]}; });
+    add_rows<X, kWide>(task, [&](uint32_t slot) { return row_of[slot - static_cast<uint32_t>(first_slot)]; });
 }
 
 // One thread a row.
@@ -183,10 +194,11 @@ __global__ void invert(const int32_t* permutation, int32_t* row_of_slot, int64_t
 
 template <typename X, bool kWide>
 __global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor) gather_and_add(SHUNTYARD_TABLE(Addition) task) {
-    add_rows<X, kWide>(task, [&](int64_t slot) -> int64_t {
+    add_rows<X, kWide>(task, [&](uint32_t slot) {
         // A slot that the permutation does not hold was never written: whatever stands there fails this test.
-        const int64_t row = task.row_of_slot[slot];
-        return 0 <= row && row < task.all_rows && task.permutation[row] == slot ? row : -1;
+        const int32_t row = task.row_of_slot[slot];
+        const bool found = 0 <= row && row < task.all_rows && task.permutation[row] == static_cast<int32_t>(slot);
+        return found ? row : -1;
     });
 }
 
@@ -195,10 +207,14 @@ int run_in(const Addition& task, void* stream) {
     Device device;
     SHUNTYARD_TRY(current_device(device));
     const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    const int64_t blocks = smaller(task.tokens, kBlocksOfMultiprocessor * device.multiprocessors);
+    const int64_t most_blocks = kBlocksOfMultiprocessor * device.multiprocessors;
+    const int64_t blocks = smaller(task.tokens, most_blocks);
+    // Few tokens are shared out by columns, too.
+    const int64_t row_pieces = task.hidden / Piece<X, kWide>::kColumns;
+    const int64_t parts = smaller(most_blocks / blocks, ceil_div(row_pieces, kFewestPieces));
     const int64_t tokens = ceil_div(task.tokens, blocks);
-    const int64_t pieces = tokens * (task.hidden / Piece<X, kWide>::kColumns);
-    Shape shape{grid_of(blocks), dim3(static_cast<unsigned>(smaller(ceil_div(pieces, 32) * 32, kMostThreads)))};
+    const int64_t pieces = ceil_div(row_pieces, parts) * tokens;
+    Shape shape{grid_of(blocks, parts), dim3(static_cast<unsigned>(smaller(ceil_div(pieces, 32) * 32, kMostThreads)))};
     const size_t searched = tokens * task.top_k * sizeof(int32_t);
     if (task.all_rows <= kMostSearched && searched <= kSharedSpace) {
         shape.shared = searched;
