@@ -5,13 +5,13 @@
 #   bench/device.sh pack DIR        builds the plugin library and its conformance runner, and writes the cases: DIR then
 #                                   holds all that is needed, some 30 MB (ten minutes; CASES=2000 of each op,
 #                                   ARCHITECTURES="90" of the library, JOBS=2)
-#   bench/device.sh run DIR OUT     on the GPU's machine, under eight minutes: judges every case with every tactic, times
-#                                   the layers of Scout and Maverick, and lets compute-sanitizer watch some of the cases
+#   bench/device.sh run DIR OUT     on the GPU's machine, under eight minutes: judges every case with every tactic,
+#                                   times the layers of Scout and Maverick, and lets compute-sanitizer watch some cases
 #                                   if it is there. One file for each in OUT; exit status 1 if one of them failed.
 set -euo pipefail
 
 usage() {
-    sed -n '5,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '5,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -52,7 +52,7 @@ run() {
     { nvidia-smi || true; uname -a; } >"$out/machine.txt" 2>&1
     local runner=("$dir/shuntyard_conformance" "$dir/libshuntyard_plugins.so" -)
     watched cases 150 cases "${runner[@]}" --every-tactic
-    watched plain 30 plain "${runner[@]}" --tactic 1 --only experts
+    watched plain 30 plain "${runner[@]}" --tactic 1 --only experts-
     watched timing 120 timing "${runner[@]}" --time
     watched tactics 60 timing "${runner[@]}" --time --every-tactic --only "Scout linear channel dynamic uniform"
     if command -v compute-sanitizer >"$out/sanitizer.txt" 2>&1; then

@@ -1,5 +1,6 @@
 #include "conformance/cases.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -180,7 +181,7 @@ void Input::make(unsigned char* to) const {
     const uint64_t count = static_cast<uint64_t>(elements());
     const size_t width = item();
     if (source.kind == SourceKind::kLiteral) {
-        std::memcpy(to, source.literal.data(), source.literal.size());
+        std::copy(source.literal.begin(), source.literal.end(), to);
     }
     in_parts(count, [&](uint64_t first, uint64_t last) {
         const uint64_t items = source.table == nullptr ? 1 : source.table->size();

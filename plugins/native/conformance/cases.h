@@ -21,7 +21,8 @@
 //              u8 4  one of    for each row: u8 whether it may be NaN, u16 candidates; each with the row's lower bounds
 //                              and its upper bounds
 //
-// u is the number that belongs to seed and element: splitmix64, whose state at element i is seed + (i + 1) * 0x9e37...15.
+// u is the number of a seed and an element: splitmix64, whose state at element i is seed + (i + 1) * its constant,
+// 0x9e3779b97f4a7c15.
 // flags: 1: runs may differ, since broken indices leave two right answers.
 #pragma once
 

@@ -11,7 +11,10 @@ cudaEvent_t begin_event = nullptr, end_event = nullptr;
 size_t l2_bytes = 0;
 
 std::string said(cudaError_t error, const char* by) {
-    return error == cudaSuccess ? "" : std::string(by) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
+    if (error == cudaSuccess) {
+        return {};
+    }
+    return std::string(by) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -103,8 +103,9 @@ void judge_rows(const Output& output, const Bytes& got, Wrong& wrong) {
             }
         }
         if (!held) {
-            wrong.add("row " + std::to_string(row) + ", which begins with " + words("%.9g", number_of(output.type, at)) +
-                      ", is " + (candidates.may_be_nan ? "neither NaN nor " : "not ") + "one of the " +
+            wrong.add("row " + std::to_string(row) + ", which begins with " +
+                      words("%.9g", number_of(output.type, at)) + ", is " +
+                      (candidates.may_be_nan ? "neither NaN nor " : "not ") + "one of the " +
                       std::to_string(candidates.low.size()) + " that it may be");
         }
     }

@@ -1,4 +1,4 @@
-// Runs cases through a plugin library as TensorRT would, and judges what comes out; without TensorRT, and without Python.
+// Runs cases through a plugin library as TensorRT would, and judges what comes out; without TensorRT and Python.
 //
 //   shuntyard_conformance LIBRARY CASES [options]        CASES: a file, or - for stdin: gzip -dc cases.bin.gz | ... -
 //
@@ -134,7 +134,8 @@ void write_outputs(std::FILE* to, const Case& made, int32_t tactic, const std::v
     }
 }
 
-void failed(const Options& options, const Case& made, const std::string& tactic, const std::string& what, Tally& tally) {
+void failed(const Options& options, const Case& made, const std::string& tactic, const std::string& what,
+            Tally& tally) {
     if (++tally.failures <= options.most_failures) {
         std::printf("FAIL %s%s: %s\n", made.name.c_str(), tactic.c_str(), what.c_str());
         std::fflush(stdout);

@@ -73,7 +73,9 @@ class Stored {
         data_.reserve(static_cast<size_t>(fields.nbFields));
         for (int32_t i = 0; i < fields.nbFields; ++i) {
             const PluginField& field = fields.fields[i];
-            const size_t item = field.type == PluginFieldType::kINT64 ? 8 : field.type == PluginFieldType::kCHAR ? 1 : 4;
+            const size_t item = field.type == PluginFieldType::kINT64  ? 8
+                                : field.type == PluginFieldType::kCHAR ? 1
+                                                                       : 4;
             const char* from = static_cast<const char*>(field.data);
             names_.emplace_back(field.name);
             data_.emplace_back(from, from + item * static_cast<size_t>(field.length));

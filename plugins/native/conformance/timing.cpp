@@ -161,7 +161,8 @@ std::string Stopwatch::prepare(const Case& made, size_t workspace_size) {
 std::string Stopwatch::measure(Session& session, Times& times) {
     const auto enqueue_all = [&] {
         for (size_t copy = 0; copy < copies_; ++copy) {
-            if (!session.enqueue(input_pointers_[copy].data(), outputs_[copy].data(), outputs_[copy].back(), stream())) {
+            const std::vector<void*>& outputs = outputs_[copy];
+            if (!session.enqueue(input_pointers_[copy].data(), outputs.data(), outputs.back(), stream())) {
                 return false;
             }
         }
@@ -201,7 +202,8 @@ std::string Stopwatch::measure(Session& session, Times& times) {
                 return wrong;
             }
         }
-        times = {median_of(took) / calls, *std::min_element(took.begin(), took.end()) / calls, turns * copies_, copies_};
+        const double least = *std::min_element(took.begin(), took.end());
+        times = {median_of(took) / calls, least / calls, turns * copies_, copies_};
         return {};
     }
     return "unreachable";
