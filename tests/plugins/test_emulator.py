@@ -55,6 +55,7 @@ FAULTS = {
     "released early": "other numbers",
     "not waited": "products that were not waited for",
     "not committed": "products that were not waited for",
+    "committed twice": "there is no product to commit",
     "not begun": "no products_begin since",
     "touched": "thread 7 has written register 3 while a product was working on it",
     "partly shared": "the threads of its group multiply different matrices",

@@ -1,12 +1,18 @@
 // FOR TESTS ONLY: the host's twins of what kernels/primitives.h writes as PTX. Included by it alone.
 //
-// Threads are fibers of one thread of the operating system (fibers.cpp). The emulator is an adversary: it runs fibers in
-// an order drawn from a seed, brings copies and finishes products as late as the rules allow, shows poison until then,
-// and ends the process with a message where a kernel breaks a rule of the architecture. What it says of a kernel's
-// speed is nothing.
+// Threads are fibers of one thread of the operating system. The emulator is an adversary: it runs fibers in an order
+// drawn from a seed, brings copies and finishes products as late as the rules allow, shows poison until then, and ends
+// the process with a message where a kernel breaks a rule of the architecture or waits for ever.
 //
+// What it cannot find: memory that is written and read between two barriers in an order that happens to come out right
+// for every seed; a missing sync_warp where a shuffle stands (which orders no memory on a device, and does here); a race
+// between blocks that are in no cluster, which run one after the other, in any order; what is merely slow.
+//
+//   launches.cpp  launches and the scheduler
+//   fibers.cpp    fibers and their stacks
+//   blocks.cpp    shared memory, and barriers of blocks and clusters
 //   warps.cpp     what the lanes of a warp do together, mma.sync among it
-//   copies.cpp    mbarriers, TMA and its maps, clusters
+//   copies.cpp    mbarriers, TMA and its maps, reading other blocks' memory
 //   products.cpp  wgmma
 #pragma once
 
@@ -117,6 +123,7 @@ void products_wait() {
     wait_for_products(kPending);
 }
 inline void keep(float& value) { asm volatile("" : "+m"(value)); }
+inline void keep_operands(const uint32_t (&a)[2][4]) { asm volatile("" ::"m"(a)); }
 
 void more_registers();
 void fewer_registers();
@@ -128,8 +135,9 @@ struct Product {
     int columns;
     uint64_t left, right;
     bool accumulate;
+    bool in_registers = false;  // the left operand
 };
-void multiply_group(float* d, const Product& product);
+void multiply_group(float* d, const Product& product, const uint32_t* operands = nullptr);
 
 template <Operand kOperand, Major kMajor, int kColumns>
 struct GroupProduct {
@@ -137,6 +145,14 @@ struct GroupProduct {
     static_assert(kOperand != Operand::kE4m3 || kMajor == Major::kK, "E4M3 operands lie along K");
     static void multiply(float* d, uint64_t left, uint64_t right, bool accumulate) {
         multiply_group(d, {kOperand, kMajor, kColumns, left, right, accumulate});
+    }
+};
+
+template <Operand kOperand, int kColumns>
+struct RegisterProduct {
+    static_assert(kOperand != Operand::kE4m3, "not written: E4M3 in registers");
+    static void multiply(float* d, const uint32_t (&left)[4], uint64_t right, bool accumulate) {
+        multiply_group(d, {kOperand, Major::kK, kColumns, 0, right, accumulate, true}, left);
     }
 };
 

@@ -11,6 +11,9 @@
 
 #include "host/machine.h"
 
+// Pushes what a call must keep, leaves the stack at *from, and goes on from the stack `to`.
+extern "C" void shuntyard_switch(void** from, void* to);
+
 namespace shuntyard {
 namespace emulated {
 namespace {
@@ -23,8 +26,6 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 void* scheduler_stack;
 
 #if defined(__x86_64__)
-// Pushes what a call must keep, leaves the stack at *from, and goes on from the stack `to`.
-extern "C" void shuntyard_switch(void** from, void* to);
 asm(R"(
 .text
 .hidden shuntyard_switch
@@ -59,12 +60,6 @@ void* prepare(char* stack, void (*entry)()) {
     return top;
 }
 #else
-void shuntyard_switch(void** from, void* to) {
-    ucontext_t here;
-    *from = &here;
-    swapcontext(&here, static_cast<ucontext_t*>(to));
-}
-
 void* prepare(char* stack, void (*entry)()) {
     ucontext_t* context = new (stack) ucontext_t;  // at the end that the stack grows towards
     getcontext(context);
@@ -131,3 +126,11 @@ bool on_a_fiber_stack(const void* pointer) {
 
 }  // namespace emulated
 }  // namespace shuntyard
+
+#if !defined(__x86_64__)
+extern "C" void shuntyard_switch(void** from, void* to) {
+    ucontext_t here;
+    *from = &here;
+    swapcontext(&here, static_cast<ucontext_t*>(to));
+}
+#endif

@@ -67,7 +67,11 @@ Fiber* next_fiber() {
     switch (machine.policy.order) {
         case Policy::Order::kFirst: break;
         case Policy::Order::kRandom: which = random_below(ready.size()); break;
-        case Policy::Order::kLast: which = ready.size() - 1; break;
+        case Policy::Order::kLast: {
+            Fiber* newest = ready.back();
+            ready.pop_back();
+            return newest;
+        }
         case Policy::Order::kPriority: {
             which = random_below(ready.size());
             const size_t looks = std::min<size_t>(ready.size(), 64);
@@ -230,7 +234,11 @@ void maybe_yield() {
     if (chance(machine.policy.yields)) {
         Fiber& fiber = *machine.running;
         fiber.state = State::kReady;
-        machine.ready.push_front(&fiber);
+        if (machine.policy.order == Policy::Order::kLast) {
+            machine.ready.push_front(&fiber);
+        } else {
+            machine.ready.push_back(&fiber);
+        }
         back_to_scheduler();
     }
 }

@@ -59,6 +59,7 @@ struct Warp {
 struct Pending {
     Product product;
     float* registers[128];
+    const uint32_t* operands[128];  // the left one's, if it is in registers
     std::vector<float> sums;   // [64, columns]
     bool executed = false;
     int64_t before = -1;       // the number of the product whose sums it goes on with
@@ -70,6 +71,7 @@ struct WarpGroup {
     int arrived = 0;
     Fiber* fibers[128];
     float* registers[128];
+    const uint32_t* operands[128];
     Product product;
     uint64_t first = 0;  // the number of pending.front()
     uint64_t executed = 0;

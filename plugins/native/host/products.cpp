@@ -16,6 +16,11 @@ const Operation kBegin{"products_begin"}, kCommit{"products_commit"}, kWait{"pro
 
 bool hopper_fp8 = false;
 
+struct Wait {
+    size_t pending;
+    void* frame;  // of the stack, which grows downwards: what lies below is no longer anybody's
+};
+
 int rows_of(int thread) { return 16 * (thread / 32) + thread % 32 / 4; }
 
 // Where d[i] of a thread stands in sums [64, columns].
@@ -98,6 +103,19 @@ void read_along_n(const Block& block, Operand operand, uint64_t word, int column
     }
 }
 
+// A left operand [64, 16] that the threads hold: see multiply() in primitives.h.
+void read_operands(Operand operand, const uint32_t* const* operands, float* to) {
+    for (int thread = 0; thread < 128; ++thread) {
+        for (int i = 0; i < 4; ++i) {
+            for (int half = 0; half < 2; ++half) {
+                const uint16_t bits = static_cast<uint16_t>(operands[thread][i] >> 16 * half);
+                const int row = rows_of(thread) + 8 * (i % 2), k = 8 * (i / 2) + 2 * (thread % 4) + half;
+                to[row * 16 + k] = operand == Operand::kHalf ? half_values()[bits] : to_float(Bfloat{bits});
+            }
+        }
+    }
+}
+
 template <int kColumns>
 void add_products(const float* a, const float* b, float* sums, int columns, int depth) {
     for (int row = 0; row < 64; ++row) {
@@ -121,7 +139,11 @@ void execute(const Block& block, WarpGroup& group, Pending& pending) {
     const int columns = product.columns;
     const int depth = product.operand == Operand::kE4m3 ? 32 : 16;
     static float a[64 * 32], b[32 * 256];
-    read_along_k(block, product.operand, product.left, 64, a, depth, 1);
+    if (product.in_registers) {
+        read_operands(product.operand, pending.operands, a);  // as late as all else: they must not have changed
+    } else {
+        read_along_k(block, product.operand, product.left, 64, a, depth, 1);
+    }
     if (product.major == Major::kK) {
         read_along_k(block, product.operand, product.right, columns, b, 1, columns);
     } else {
@@ -159,6 +181,7 @@ void issue(Block& block, WarpGroup& group) {
     Pending next{};
     next.product = product;
     memcpy(next.registers, group.registers, sizeof(next.registers));
+    memcpy(next.operands, group.operands, sizeof(next.operands));
     const int count = registers_of(product);
     const Warp* warps = group.fibers[0]->warp;
     for (int i = 1; i < 4; ++i) {
@@ -212,8 +235,8 @@ void retire_below(Warp& warp, WarpGroup& group, uint64_t end) {
         }
         const int first = warp.number % 4 * 32;
         for (int thread = first; thread < first + 32; ++thread) {
-            const Fiber& owner = *group.fibers[thread];
-            if (&owner != machine.running && static_cast<void*>(done.registers[thread]) < owner.stack_pointer) {
+            const Wait& wait = *static_cast<Wait*>(warp.arguments[thread - first]);
+            if (static_cast<void*>(done.registers[thread]) < wait.frame) {
                 fail("products_wait: the registers of thread %d that a product was working on are gone", thread);
             }
             for (int i = 0; i < registers_of(done.product); ++i) {
@@ -281,9 +304,10 @@ void products_commit() {
 }
 
 void wait_for_products(int pending) {
-    with_warp(kWait, &pending, [](Warp& warp) {
+    Wait own{static_cast<size_t>(pending), __builtin_frame_address(0)};
+    with_warp(kWait, &own, [](Warp& warp) {
         WarpGroup& group = group_of(warp, "products_wait");
-        const size_t left = *static_cast<int*>(warp.arguments[0]);
+        const size_t left = static_cast<Wait*>(warp.arguments[0])->pending;
         while (warp.groups.size() > left) {
             const uint64_t end = warp.groups.front();
             warp.groups.pop_front();
@@ -293,18 +317,20 @@ void wait_for_products(int pending) {
     });
 }
 
-void multiply_group(float* d, const Product& product) {
+void multiply_group(float* d, const Product& product, const uint32_t* operands) {
     Fiber& fiber = self("GroupProduct::multiply", kHopper);
     WarpGroup& group = group_of(*fiber.warp, "GroupProduct::multiply");
     if (group.arrived > 0 &&
         (group.product.operand != product.operand || group.product.major != product.major ||
          group.product.columns != product.columns || group.product.left != product.left ||
-         group.product.right != product.right || group.product.accumulate != product.accumulate)) {
+         group.product.right != product.right || group.product.accumulate != product.accumulate ||
+         group.product.in_registers != product.in_registers)) {
         fail("GroupProduct::multiply: the threads of its group multiply different matrices");
     }
     group.product = product;
     group.fibers[fiber.thread % 128] = &fiber;
     group.registers[fiber.thread % 128] = d;
+    group.operands[fiber.thread % 128] = operands;
     if (++group.arrived < 128) {
         wait_as("GroupProduct::multiply");
         return;

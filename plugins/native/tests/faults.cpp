@@ -42,6 +42,7 @@ enum Fault {
     kReleasedEarly,
     kNotWaited,
     kNotCommitted,
+    kCommittedTwice,
     kNotBegun,
     kTouched,
     kPartlyShared,
@@ -63,7 +64,7 @@ const char* const kNames[] = {
     "part of a warp", "counts differ", "barriers cross", "outside shared", "unaligned", "unaligned pair", "block leaves",
     "no sync_cluster", "never initialised", "overwritten", "one arrival more", "one arrival less", "no fence",
     "fewer bytes", "more bytes", "box offset", "early read", "early refill", "released early", "not waited",
-    "not committed", "not begun", "touched", "partly shared", "registers gone", "not brought", "copy left",
+    "not committed", "committed twice", "not begun", "touched", "partly shared", "registers gone", "not brought", "copy left",
     "no acquire", "acquired by another", "not published", "map on stack", "none given"};
 static_assert(sizeof(kNames) / sizeof(*kNames) == kFaults, "a name for each");
 
@@ -229,6 +230,9 @@ __global__ void ring(int fault, SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
             sums[3] = 0;
         }
         if (fault != kNotCommitted) {
+            products_commit();
+        }
+        if (fault == kCommittedTwice) {
             products_commit();
         }
         if (fault != kReleasedEarly && fault != kNotWaited) {
