@@ -104,19 +104,14 @@ struct DirectSource {
     float scale[F::kForm == DirectForm::kE4m3 ? F::kOwn : 1];
 };
 
-// A scale's bits, loaded ahead, and what they say.
-__device__ inline uint32_t scale_bits(const char* scales, int type, uint32_t index) {
-    if (type == SHUNTYARD_FP32) {
-        return *reinterpret_cast<const uint32_t*>(scales + uint64_t{index} * 4);
-    }
-    return *reinterpret_cast<const uint16_t*>(scales + uint64_t{index} * 2);
+// What the bits of a scale say.
+template <typename Scale>
+__device__ inline float scale_of_bits(uint32_t bits) {
+    return to_float(Scale{static_cast<uint16_t>(bits)});
 }
-__device__ inline float scale_of_bits(uint32_t bits, int type) {
-    switch (type) {
-        case SHUNTYARD_FP16: return to_float(Half{static_cast<uint16_t>(bits)});
-        case SHUNTYARD_BF16: return to_float(Bfloat{static_cast<uint16_t>(bits)});
-        default: return float_of(bits);
-    }
+template <>
+__device__ inline float scale_of_bits<float>(uint32_t bits) {
+    return float_of(bits);
 }
 
 // -- pairs of X in one register

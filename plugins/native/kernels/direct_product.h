@@ -57,9 +57,9 @@ struct DirectPlan {
 
     // In registers: how much of a slot is loaded ahead, and how many slots.
     static constexpr int kTokenRegisters = F::kSets * kTiles * F::kLoads * F::kWords;
-    static constexpr bool kTokensAhead = kTokenRegisters <= 8;
+    static constexpr bool kTokensAhead = kTokenRegisters <= (F::kInt4 ? 16 : 8);
     static constexpr int kSlotRegisters = F::kMatrices * 4 * F::kQuads + (kTokensAhead ? kTokenRegisters : 0);
-    static constexpr int kDepth = kTiles == 1 && kSlotRegisters <= 24 ? 3 : 2;
+    static constexpr int kDepth = kTiles > 1 || kSlotRegisters > 24 ? 2 : F::kAlongN ? 5 : 3;
 
     static constexpr int kSums = F::kMatrices * F::kFragments * kTiles * 4;  // of a thread
     static constexpr size_t kShared = kSplitK ? size_t{kSums} * kDirectThreads * sizeof(float) : 0;
@@ -76,7 +76,7 @@ struct DirectTokens {
     float score[F::kScaleTokens ? P::kTiles : 1];
     uint32_t pitch;
 
-    __device__ DirectTokens(const DirectTask<F>& task, const TokenTile& tile, int first_slot) {
+    __device__ void find(const DirectTask<F>& task, const TokenTile& tile, int first_slot) {
         const int lane = lane_of_thread();
         for (int set = 0; set < F::kSets; ++set) {
             rows[set] = static_cast<const char*>(task.tokens[set]) + lane % 4 * F::kLane * F::kTokenBytes;
@@ -136,19 +136,21 @@ struct DirectProduct {
     const DirectTask<F>& task;
     DirectTokens<P> tokens;
     DirectSource<F> source[F::kMatrices];
+    static constexpr int kAdvance = P::kStep * F::kSlot;
     using Sums = float[F::kMatrices][F::kFragments][P::kTiles][4];
     Sums sums;
+    const TokenTile& tile;
     int first_slot;
-    // Numbers of K from the lane's part of the next slot to the end: where there are none, the part is not there, and
-    // counts as zeros, of weights and of tokens. Slots are loaded before they are multiplied.
-    int left_to_load, left;
+    // Numbers of K from the lane's part of the slot at hand to the end. What lies behind the end counts as zeros, of
+    // weights and of tokens.
+    int left;
 
     // The channels of the warp start at `channel`. Lanes beyond the last read the last ones' weights.
-    __device__ DirectProduct(const DirectTask<F>& task_, const TokenTile& tile, int32_t expert, int32_t channel,
+    __device__ DirectProduct(const DirectTask<F>& task_, const TokenTile& tile_, int32_t expert, int32_t channel,
                              int first_slot_)
-        : task(task_), tokens(task_, tile, first_slot_), sums{}, first_slot(first_slot_) {
+        : task(task_), sums{}, tile(tile_), first_slot(first_slot_) {
         const int lane = lane_of_thread();
-        left = left_to_load = task.depth - first_slot * F::kSlot - lane % 4 * F::kLane;
+        left = task.depth - first_slot * F::kSlot - lane % 4 * F::kLane;
         const int32_t own = channel + lane / 4 * F::kOwn;
 #pragma unroll
         for (int m = 0; m < F::kMatrices; ++m) {
@@ -168,64 +170,81 @@ struct DirectProduct {
                     if constexpr (F::kInt4) {
                         from.first_scale[i] = number;
                     } else if constexpr (F::kForm == DirectForm::kE4m3) {
-                        from.scale[i] = scale_of_bits(scale_bits(from.scales, task.scale_type, number),
-                                                      task.scale_type);
+                        from.scale[i] = scale_at(from.scales, task.scale_type, number);
                     }
                 }
             }
         }
     }
 
-    // The next slot.
-    __device__ void fetch(DirectQueue<P>& queue, int place) {
+    // Of the slot that has this place in the queue, the one at hand being the first.
+    __device__ bool there(int place) const { return left > place * kAdvance; }
+
+    // The slots behind those that were fetched before.
+    __device__ void fetch_weights(DirectQueue<P>& queue, int place) {
         DirectSlot<F>& to = queue.weights[place];
-        const bool there = left_to_load > 0;
+        const bool inside = there(place);
 #pragma unroll
         for (int m = 0; m < F::kMatrices; ++m) {
             DirectSource<F>& from = source[m];
 #pragma unroll
             for (int i = 0; i < F::kQuads; ++i) {
                 to.weights[m][i] = Quad{};
-                if (there) {
+                if (inside) {
                     to.weights[m][i] = load_once(F::kAlongN ? from.rows[0] + int64_t{i} * task.pitch
                                                             : from.rows[F::kAlongN ? 0 : i]);
                 }
             }
             for (const char*& own : from.rows) {
-                own += F::kAlongN ? int64_t{P::kStep * F::kSlot} * task.pitch : P::kStep * 64;
+                own += F::kAlongN ? int64_t{kAdvance} * task.pitch : P::kStep * 64;
             }
-            if constexpr (F::kInt4) {
-                const uint32_t number = static_cast<uint32_t>(task.depth - left_to_load) / F::kLane;
-                const uint32_t group = static_cast<uint32_t>(number * task.group_reciprocal >> 32);
+        }
+        if constexpr (F::kInt4) {
+            const uint32_t number = static_cast<uint32_t>(task.depth - left + place * kAdvance) / F::kLane;
+            const uint32_t group = static_cast<uint32_t>(number * task.group_reciprocal >> 32);
+            if (task.scale_type == SHUNTYARD_FP32) {
+                fetch_scales<uint32_t>(to, group, inside);
+            } else {
+                fetch_scales<uint16_t>(to, group, inside);
+            }
+        }
+    }
+
+    template <typename Bits>
+    __device__ void fetch_scales(DirectSlot<F>& to, uint32_t group, bool inside) const {
 #pragma unroll
-                for (int i = 0; i < F::kOwn; ++i) {
-                    to.scales[m][i] = 0;
-                    if (there) {
-                        to.scales[m][i] = scale_bits(from.scales, task.scale_type, from.first_scale[i] + group);
-                    }
+        for (int m = 0; m < F::kMatrices; ++m) {
+#pragma unroll
+            for (int i = 0; i < F::kOwn; ++i) {
+                to.scales[m][i] = 0;
+                if (inside) {
+                    to.scales[m][i] = reinterpret_cast<const Bits*>(source[m].scales)[source[m].first_scale[i] + group];
                 }
             }
         }
+    }
+
+    __device__ void fetch_tokens(DirectQueue<P>& queue, int place) {
         if constexpr (P::kTokensAhead) {
+            const bool inside = there(place);
 #pragma unroll
             for (int part = 0; part < F::kLoads; ++part) {
 #pragma unroll
                 for (int n = 0; n < P::kTiles; ++n) {
-                    load_tokens(queue.tokens[place][part][n], n, part, there);
+                    load_tokens(queue.tokens[place][part][n], n, part, inside);
                 }
             }
             tokens.advance();
         }
-        left_to_load -= P::kStep * F::kSlot;
     }
 
     // Of both sets. Where they are one, the second is a copy.
-    __device__ void load_tokens(Words<F::kWords> (&to)[F::kSets], int n, int part, bool there) const {
-        to[0] = tokens.load(0, n, part, there);
+    __device__ void load_tokens(Words<F::kWords> (&to)[F::kSets], int n, int part, bool inside) const {
+        to[0] = tokens.load(0, n, part, inside);
         if constexpr (F::kSets == 2) {
             to[1] = to[0];
             if (task.tokens_differ) {
-                to[1] = tokens.load(1, n, part, there);
+                to[1] = tokens.load(1, n, part, inside);
             }
         }
     }
@@ -233,10 +252,10 @@ struct DirectProduct {
     template <bool kExact>
     __device__ void multiply_slot(const DirectQueue<P>& queue, const DirectScales<F>& scales,
                                   Sums& to) const {
-        [[maybe_unused]] const bool there = left > 0;
+        [[maybe_unused]] const bool inside = there(0);
         [[maybe_unused]] Words<F::kWords> next[2][F::kSets];  // loaded one tile ahead
         if constexpr (!P::kTokensAhead) {
-            load_tokens(next[0], 0, 0, there);
+            load_tokens(next[0], 0, 0, inside);
         }
 #pragma unroll
         for (int part = 0; part < F::kLoads; ++part) {
@@ -264,7 +283,7 @@ struct DirectProduct {
                 }
                 if constexpr (!P::kTokensAhead) {
                     if (number + 1 < F::kLoads * P::kTiles) {
-                        load_tokens(next[(number + 1) % 2], (n + 1) % P::kTiles, (number + 1) / P::kTiles, there);
+                        load_tokens(next[(number + 1) % 2], (n + 1) % P::kTiles, (number + 1) / P::kTiles, inside);
                     }
                 }
 #pragma unroll
@@ -291,15 +310,18 @@ struct DirectProduct {
     __device__ void multiply_slot(const DirectQueue<P>& queue, Sums& to) {
         DirectScales<F> scales{};
         if constexpr (F::kInt4) {
+            switch (task.scale_type) {
+                case SHUNTYARD_FP16: widen<Half>(scales, queue.weights[0]); break;
+                case SHUNTYARD_BF16: widen<Bfloat>(scales, queue.weights[0]); break;
+                default: widen<float>(scales, queue.weights[0]); break;
+            }
             bool exact = true;
 #pragma unroll
             for (int m = 0; m < F::kMatrices; ++m) {
 #pragma unroll
                 for (int i = 0; i < F::kOwn; ++i) {
-                    const float value = scale_of_bits(queue.weights[0].scales[m][i], task.scale_type);
-                    scales.value[m][i] = value;
-                    scales.pair[m][i] = pack<X>(value, value);
-                    exact = exact && low_of<X>(scales.pair[m][i]) == value;
+                    scales.pair[m][i] = pack<X>(scales.value[m][i], scales.value[m][i]);
+                    exact = exact && low_of<X>(scales.pair[m][i]) == scales.value[m][i];
                 }
             }
             if (ballot(!exact) != 0) {
@@ -313,24 +335,41 @@ struct DirectProduct {
         if constexpr (!P::kTokensAhead) {
             tokens.advance();
         }
-        left -= P::kStep * F::kSlot;
+        left -= kAdvance;
+    }
+
+    template <typename Scale>
+    __device__ static void widen(DirectScales<F>& to, const DirectSlot<F>& from) {
+#pragma unroll
+        for (int m = 0; m < F::kMatrices; ++m) {
+#pragma unroll
+            for (int i = 0; i < F::kOwn; ++i) {
+                to.value[m][i] = scale_of_bits<Scale>(from.scales[m][i]);
+            }
+        }
     }
 
     __device__ void run() {
         DirectQueue<P> queue;
         [[maybe_unused]] Sums fresh{};
         [[maybe_unused]] bool odd = false;
-        constexpr int kAdvance = P::kStep * F::kSlot;
         constexpr int kLast = P::kDepth - 1;
+        // Weights first: which tokens there are is not known at once.
 #pragma unroll
         for (int place = 0; place < kLast; ++place) {
-            fetch(queue, place);
+            fetch_weights(queue, place);
+        }
+        tokens.find(task, tile, first_slot);
+#pragma unroll
+        for (int place = 0; place < kLast; ++place) {
+            fetch_tokens(queue, place);
         }
         // Not unrolled, slots being passed on from register to register: over several slots the compiler would put all
         // loads together, and wait for all of them.
 #pragma unroll 1
         for (int k = first_slot * F::kSlot; k < task.depth; k += kAdvance) {
-            fetch(queue, kLast);
+            fetch_weights(queue, kLast);
+            fetch_tokens(queue, kLast);
             step(queue, fresh, odd);
 #pragma unroll
             for (int place = 0; place < kLast; ++place) {
