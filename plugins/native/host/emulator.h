@@ -4,9 +4,9 @@
 // drawn from a seed, brings copies and finishes products as late as the rules allow, shows poison until then, and ends
 // the process with a message where a kernel breaks a rule of the architecture or waits for ever.
 //
-// What it cannot find: memory that is written and read between two barriers in an order that happens to come out right
-// for every seed; a missing sync_warp where a shuffle stands (which orders no memory on a device, and does here); a race
-// between blocks that are in no cluster, which run one after the other, in any order; what is merely slow.
+// What it cannot find: a race that comes out right for every seed tried; a missing sync_warp where a shuffle stands
+// (which orders no memory on a device, and does here); a race between blocks that are in no cluster, which run one after
+// the other, in any order; what is merely slow.
 //
 //   launches.cpp  launches and the scheduler
 //   fibers.cpp    fibers and their stacks

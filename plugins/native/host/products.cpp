@@ -54,7 +54,8 @@ const char* sixteen(const Block& block, uint32_t address) {
              static_cast<long long>(swizzled) - kWindow, block.shared_size);
     }
     if (!block.brought[(swizzled - kWindow) / kLine]) {
-        fail("a product reads at %u what no copy has brought, or what another has begun to overwrite", swizzled - kWindow);
+        fail("a product reads at %u what no copy has brought, or what another has begun to overwrite",
+             swizzled - kWindow);
     }
     return block.shared + (swizzled - kWindow);
 }

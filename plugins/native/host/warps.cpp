@@ -8,7 +8,8 @@ namespace emulated {
 namespace {
 
 const Operation kSyncWarp{"sync_warp"}, kShuffle{"shuffle"}, kShuffleXor{"shuffle_xor"}, kShuffleUp{"shuffle_up"},
-    kBallot{"ballot"}, kMatchAny{"match_any"}, kReduce{"reduce_max or reduce_min"}, kMore{"more_registers"}, kFewer{"fewer_registers"};
+    kBallot{"ballot"}, kMatchAny{"match_any"}, kReduce{"reduce_max or reduce_min"}, kMore{"more_registers"},
+    kFewer{"fewer_registers"};
 const Operation kMultiply[] = {{"multiply<kHalf>"}, {"multiply<kBfloat>"}, {"multiply<kE4m3>"}};
 
 struct Exchange {

@@ -2,8 +2,8 @@
 //
 // Every warp has a range of tokens: it chooses their experts, and counts its slots of each. The counts of a block's
 // warps, the totals of the cluster's blocks and those of the experts, added up, make the first row of a warp's slots of
-// an expert; a slot then finds its row by the lanes before it that hold the same expert. Nothing depends on the order of
-// threads.
+// an expert; a slot then finds its row by the lanes before it that hold the same expert. Nothing depends on the order
+// of threads.
 #pragma once
 
 #include <atomic>
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMostThreads) route(SHUNTYARD_TABLE(Routing) c
 
     Slot* const shared_slots = reinterpret_cast<Slot*>(shared_memory());  // [block_tokens * K], if they fit
     const int64_t shared_count = call.slots == nullptr ? call.block_tokens * top_k : 0;
-    int32_t* const counts = reinterpret_cast<int32_t*>(shared_slots + shared_count);  // [warps, E], later of those before
+    int32_t* const counts = reinterpret_cast<int32_t*>(shared_slots + shared_count);  // [warps, E], then of lower warps
     int32_t* const totals = counts + warps * experts;                                 // [E], of this block
     int32_t* const sums = totals + experts;                                           // [E], of all
     int32_t* const starts = sums + experts;                                           // [E], the block's first rows

@@ -3,8 +3,8 @@
 // Up to 512 experts in one launch (kernels/route.h), more of them in five, whose boundaries are the only barriers.
 //
 // There, the sort works on chunks of consecutive slots. Every (chunk, expert) pair counts its own slots, a scan over
-// experts and chunks turns counts into first rows, and a slot finds its row from its chunk's first row and the number of
-// equal experts before it in the chunk. Nothing depends on the order of threads.
+// experts and chunks turns counts into first rows, and a slot finds its row from its chunk's first row and the number
+// of equal experts before it in the chunk. Nothing depends on the order of threads.
 #include "kernels/route.h"
 
 namespace shuntyard {

@@ -1,8 +1,8 @@
 // Scatter-add, turned round: instead of rows scattering to tokens (atomics, and an order that varies), each token
 // gathers its K rows, in the order of k. That needs the inverse of the permutation.
 //
-// Up to 65,536 rows in one launch: a block has a range of tokens and looks through the whole permutation for their rows,
-// which costs less than a launch and a trip through memory. More rows: one launch inverts, another adds.
+// Up to 65,536 rows in one launch: a block has a range of tokens and looks through the whole permutation for their
+// rows, which costs less than a launch and a trip through memory. More rows: one launch inverts, another adds.
 #include "kernels/primitives.h"
 
 namespace shuntyard {
@@ -86,7 +86,8 @@ __device__ inline void add_rows(const Addition& task, const Find& find) {
     using Part = Piece<X, kWide>;
     const int64_t row_pieces = task.hidden / Part::kColumns;
     const int64_t first_piece = part_of(row_pieces, blockIdx.y, gridDim.y);
-    const uint32_t pieces = static_cast<uint32_t>(part_of(row_pieces, int64_t{blockIdx.y} + 1, gridDim.y) - first_piece);
+    const int64_t next_piece = part_of(row_pieces, int64_t{blockIdx.y} + 1, gridDim.y);
+    const uint32_t pieces = static_cast<uint32_t>(next_piece - first_piece);
     const X* const base = static_cast<const X*>(task.base) + first_piece * Part::kColumns;
     const X* const rows = static_cast<const X*>(task.rows) + first_piece * Part::kColumns;
     X* const out = static_cast<X*>(task.out) + first_piece * Part::kColumns;
@@ -193,7 +194,8 @@ __global__ void invert(const int32_t* permutation, int32_t* row_of_slot, int64_t
 }
 
 template <typename X, bool kWide>
-__global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor) gather_and_add(SHUNTYARD_TABLE(Addition) task) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor)
+    gather_and_add(SHUNTYARD_TABLE(Addition) task) {
     add_rows<X, kWide>(task, [&](uint32_t slot) {
         // A slot that the permutation does not hold was never written: whatever stands there fails this test.
         const int32_t row = task.row_of_slot[slot];
