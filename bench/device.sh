@@ -51,11 +51,12 @@ run() {
     mkdir -p "$out"
     { nvidia-smi || true; uname -a; } >"$out/machine.txt" 2>&1
     local runner=("$dir/shuntyard_conformance" "$dir/libshuntyard_plugins.so" -)
-    watched cases 150 cases "${runner[@]}" --every-tactic
+    watched cases 140 cases "${runner[@]}" --every-tactic
+    watched shifted 30 plain "${runner[@]}" --shift 4
     watched plain 30 plain "${runner[@]}" --tactic 1 --only experts-
-    watched timing 120 timing "${runner[@]}" --time
+    watched timing 110 timing "${runner[@]}" --time
     watched tactics 60 timing "${runner[@]}" --time --every-tactic --only "Scout linear channel dynamic uniform"
-    if command -v compute-sanitizer >"$out/sanitizer.txt" 2>&1; then
+    if command -v compute-sanitizer >/dev/null; then
         local tool
         for tool in memcheck racecheck; do
             watched "$tool" 55 cases compute-sanitizer --tool "$tool" --error-exitcode 9 "${runner[@]}" --every-tactic \

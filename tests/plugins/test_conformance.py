@@ -70,6 +70,12 @@ def test_the_host_build_passes(runner: Path, library: Path, cases: list[Case]) -
     assert f"{len(cases)} cases, " in text and " 0 failures" in text
 
 
+def test_tensors_may_lie_anywhere(runner: Path, library: Path, cases: list[Case]) -> None:
+    """On multiples of 4 bytes: what is chosen by shape takes that, too."""
+    status, text, wrong = run(runner, library, cases, ["--shift", "4"])
+    assert (status, wrong) == (0, []), text
+
+
 def test_cases_are_of_every_kind(cases: list[Case]) -> None:
     for words in (
         *[("fused",), ("split",), ("linear",), ("none",), ("tensor",), ("channel",), ("group",)],
@@ -221,6 +227,7 @@ def test_what_cannot_be_run(runner: Path, library: Path, tmp_path: Path, cases: 
         ((library, file, "--tactic", "x"), "x is no number"),
         ((library, file, "--tactic"), "--tactic needs a value"),
         ((library, file, "--wrong"), "there is no option --wrong"),
+        ((library, file, "--shift", "3"), "--shift must be a multiple of 4"),
         ((tmp_path / "none.so", file), "none.so"),
         ((library, tmp_path / "none.bin"), "none.bin cannot be opened"),
         ((library, library), "is no file of cases"),

@@ -33,12 +33,12 @@ Arena::~Arena() {
     }
 }
 
-std::string Arena::lay_out(const Case& made, size_t workspace_size) {
+std::string Arena::lay_out(const Case& made, size_t workspace_size, size_t shift) {
     regions_.clear();
     size_t end = kGuard;
     const auto place = [&](std::string name, size_t bytes, bool written) {
-        regions_.push_back({std::move(name), end, bytes, written});
-        end += (bytes + kGuard + kAligned - 1) / kAligned * kAligned;
+        regions_.push_back({std::move(name), end + shift, bytes, written});
+        end += (shift + bytes + kGuard + kAligned - 1) / kAligned * kAligned;
     };
     for (size_t i = 0; i < made.inputs.size(); ++i) {
         place(numbered("input", i), made.inputs[i].bytes(), false);
@@ -46,6 +46,7 @@ std::string Arena::lay_out(const Case& made, size_t workspace_size) {
     for (size_t i = 0; i < made.outputs.size(); ++i) {
         place(numbered("output", i), made.outputs[i].bytes(), true);
     }
+    shift = 0;
     place("the workspace", workspace_size, true);
     image_.assign(end, 0);
     for (size_t i = 0; i < made.inputs.size(); ++i) {

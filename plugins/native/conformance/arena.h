@@ -18,8 +18,9 @@ class Arena {
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    // Places the tensors and makes the inputs' content. Returns what went wrong.
-    std::string lay_out(const Case& made, size_t workspace_size);
+    // Places the tensors, `shift` bytes behind multiples of 256, and makes the inputs' content. The workspace stays on
+    // such a multiple. Returns what went wrong.
+    std::string lay_out(const Case& made, size_t workspace_size, size_t shift);
 
     // Puts everything as it is before a call: guards and what is to be written hold these bytes.
     std::string prepare(unsigned char guard, unsigned char fill);

@@ -31,7 +31,8 @@ void* stream();
 // Waits for all that was enqueued, and says what has failed of it.
 std::string wait();
 
-// Some calls, recorded once. Recording shows that they neither allocate nor wait: CUDA refuses to record that.
+// Some calls, recorded once. Recording shows that they neither allocate nor wait: CUDA refuses to record that, or it
+// would be a node of another kind than kernels, copies and fills.
 class Graph {
   public:
     Graph() = default;
@@ -46,8 +47,12 @@ class Graph {
     // Enqueues them and waits; the device's own clock tells how long they took.
     std::string replay_timed(double& microseconds);
 
+    // How many kernels, copies and fills there are.
+    size_t nodes() const { return nodes_; }
+
   private:
     void* recorded_ = nullptr;
+    size_t nodes_ = 0;
 };
 
 }  // namespace conformance

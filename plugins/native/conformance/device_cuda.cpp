@@ -1,6 +1,8 @@
 // A CUDA device, through the runtime alone.
 #include <cuda_runtime_api.h>
 
+#include <vector>
+
 #include "conformance/device.h"
 
 namespace conformance {
@@ -15,6 +17,24 @@ std::string said(cudaError_t error, const char* by) {
         return {};
     }
     return std::string(by) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
+}
+
+// Counts the nodes; says so if one of them is not what a call may enqueue.
+std::string look_through(cudaGraph_t graph, size_t& count) {
+    std::string wrong = said(cudaGraphGetNodes(graph, nullptr, &count), "cudaGraphGetNodes");
+    std::vector<cudaGraphNode_t> nodes(count);
+    if (wrong.empty()) {
+        wrong = said(cudaGraphGetNodes(graph, nodes.data(), &count), "cudaGraphGetNodes");
+    }
+    for (size_t i = 0; wrong.empty() && i < nodes.size(); ++i) {
+        cudaGraphNodeType type;
+        wrong = said(cudaGraphNodeGetType(nodes[i], &type), "cudaGraphNodeGetType");
+        if (wrong.empty() && type != cudaGraphNodeTypeKernel && type != cudaGraphNodeTypeMemcpy &&
+            type != cudaGraphNodeTypeMemset) {
+            wrong = "it enqueues more than kernels, copies and fills: a node of type " + std::to_string(type);
+        }
+    }
+    return wrong;
 }
 
 }  // namespace
@@ -94,6 +114,9 @@ std::string Graph::record(const std::function<bool()>& calls) {
     wrong = said(cudaStreamEndCapture(the_stream, &graph), "what it does cannot be captured: cudaStreamEndCapture");
     if (wrong.empty() && !enqueued) {
         wrong = "enqueue fails while it is captured";
+    }
+    if (wrong.empty()) {
+        wrong = look_through(graph, nodes_);
     }
     if (wrong.empty()) {
         cudaGraphExec_t executable = nullptr;

@@ -4,6 +4,7 @@
 //
 //   --tactic N        with tactic N, in the cases that have it
 //   --every-tactic    with the default, and then with every tactic that the plugin or the C interface has
+//   --shift N         tensors lie N bytes, a multiple of 4, behind multiples of 256: what wants more must not run
 //   --only TEXT       the cases whose names hold this
 //   --every N         the first of each N cases
 //   --outputs FILE    also writes what came out (of the first run of each case and tactic) for Python to judge:
@@ -34,7 +35,7 @@ struct Options {
     std::string library, cases, only, outputs;
     int32_t tactic = 0;
     bool every_tactic = false, time = false;
-    unsigned long every = 1, most_failures = 20;
+    unsigned long every = 1, most_failures = 20, shift = 0;
 };
 
 struct Filling {
@@ -160,8 +161,8 @@ void time_case(const Case& made, const std::string& tactic, Session& session, St
     if (const std::string wrong = stopwatch.measure(session, times); !wrong.empty()) {
         throw DeviceLost(wrong);
     }
-    std::printf("TIME %s%s: %.3f us, least %.3f us (%zu calls on %zu copies)\n", made.name.c_str(), tactic.c_str(),
-                times.median, times.least, times.calls, times.copies);
+    std::printf("TIME %s%s: %.3f us, least %.3f us (%zu calls on %zu copies, %g launches each)\n", made.name.c_str(),
+                tactic.c_str(), times.median, times.least, times.calls, times.copies, times.launches);
     std::fflush(stdout);
 }
 
@@ -174,7 +175,7 @@ void take(const Options& options, const Library& library, const Case& made, Aren
         return;
     }
     const std::string wrong = options.time ? stopwatch.prepare(made, session.workspace_size())
-                                           : arena.lay_out(made, session.workspace_size());
+                                           : arena.lay_out(made, session.workspace_size(), options.shift);
     if (!wrong.empty()) {
         failed(options, made, "", wrong, tally);
         return;
@@ -294,6 +295,8 @@ Options parse(int argc, char** argv) {
             options.only = value();
         } else if (option == "--every") {
             options.every = std::max(1ul, whole(value()));
+        } else if (option == "--shift") {
+            options.shift = whole(value());
         } else if (option == "--outputs") {
             options.outputs = value();
         } else if (option == "--most-failures") {
@@ -303,6 +306,9 @@ Options parse(int argc, char** argv) {
         } else {
             paths.push_back(option);
         }
+    }
+    if (options.shift % 4 != 0) {
+        throw std::runtime_error("--shift must be a multiple of 4");
     }
     if (paths.size() != 2) {
         throw std::runtime_error("give a plugin library and a file of cases");

@@ -180,11 +180,12 @@ std::string Stopwatch::measure(Session& session, Times& times) {
             return true;
         });
         const double calls = static_cast<double>(turns * copies_);
+        const double launches = static_cast<double>(graph.nodes()) / calls;
         double once = 0;
         for (int warm = 0; wrong.empty() && warm < 2; ++warm) {
             wrong = graph.replay_timed(once);
             if (wrong.empty() && once / calls > kOnceWillDo) {
-                times = {once / calls, once / calls, turns * copies_, copies_};
+                times = {once / calls, once / calls, turns * copies_, copies_, launches};
                 return {};
             }
         }
@@ -203,7 +204,7 @@ std::string Stopwatch::measure(Session& session, Times& times) {
             }
         }
         const double least = *std::min_element(took.begin(), took.end());
-        times = {median_of(took) / calls, least / calls, turns * copies_, copies_};
+        times = {median_of(took) / calls, least / calls, turns * copies_, copies_, launches};
         return {};
     }
     return "unreachable";

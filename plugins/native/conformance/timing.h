@@ -14,6 +14,7 @@ namespace conformance {
 struct Times {
     double median = 0, least = 0;  // microseconds a call
     size_t calls = 0, copies = 0;
+    double launches = 0;  // a call
 };
 
 // Keeps inputs on the device from one case to the next, since the same weights serve many.
