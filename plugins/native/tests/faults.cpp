@@ -62,8 +62,8 @@ enum Fault {
 const char* const kNames[] = {
     "none", "no sync_block", "no sync_block before reuse", "no sync_warp", "lane leaves", "lanes part",
     "part of a warp", "counts differ", "barriers cross", "outside shared", "unaligned", "unaligned pair",
-    "block leaves", "no sync_cluster", "never initialised", "overwritten", "one arrival more", "one arrival less", "no fence",
-    "fewer bytes", "more bytes", "box offset", "early read", "early refill", "released early", "not waited",
+    "block leaves", "no sync_cluster", "never initialised", "overwritten", "one arrival more", "one arrival less",
+    "no fence", "fewer bytes", "more bytes", "box offset", "early read", "early refill", "released early", "not waited",
     "not committed", "committed twice", "not begun", "touched", "partly shared", "registers gone", "not brought",
     "copy left", "no acquire", "acquired by another", "not published", "map on stack", "none given"};
 static_assert(sizeof(kNames) / sizeof(*kNames) == kFaults, "a name for each");
