@@ -168,6 +168,10 @@ std::string Stopwatch::measure(Session& session, Times& times) {
         }
         return true;
     };
+    // Once without a graph: kernels are loaded where they are first used, which capturing may not allow.
+    if (const std::string wrong = enqueue_all() ? wait() : "enqueue fails"; !wrong.empty()) {
+        return wrong;
+    }
     size_t turns = 1;
     for (int attempt = 0; attempt < 2; ++attempt) {
         Graph graph;
