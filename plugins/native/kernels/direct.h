@@ -1,5 +1,5 @@
 // The experts by mma.sync, weights going from memory straight into registers, for the dispatcher (experts.cu). The
-// kernels are in direct_product.h.
+// kernels are in direct_launch.h.
 #pragma once
 
 #include "kernels/matrices.h"
@@ -49,8 +49,8 @@ bool direct_has_tile(DirectForm form, int tokens);
 // hidden_rows from x or codes: gathered, scaled by the scores, multiplied, SwiGLU. Then rows from hidden_rows or codes.
 // Each is one launch for every 128 experts. Rows that the offsets give to no expert become NaN.
 //
-// A row's bits depend on nothing but its own inputs and the size of the tile: not on the rows beside it, nor on its
-// place among them, nor on the experts.
+// A row's bits depend on nothing but its own inputs, its expert's weights and how the tile's size splits K: not on the
+// rows beside it, nor on its place among them. Sizes that split K over warps all give the same bits.
 int direct_gate_up(const DirectCall& call, int tokens);
 int direct_down(const DirectCall& call, int tokens);
 

@@ -1,5 +1,5 @@
 // Rows of X, weights of X as [in, out].
-#include "kernels/direct_product.h"
+#include "kernels/direct_launch.h"
 
 int shuntyard::launch_direct_along_n(const DirectCall& call, bool down, int tokens) {
     return launch_form<DirectForm::kAlongN>(call, down, tokens);

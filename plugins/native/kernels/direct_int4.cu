@@ -1,5 +1,5 @@
 // Rows of X, weights of INT4 as [out, in].
-#include "kernels/direct_product.h"
+#include "kernels/direct_launch.h"
 
 int shuntyard::launch_direct_int4(const DirectCall& call, bool down, int tokens) {
     return launch_form<DirectForm::kInt4>(call, down, tokens);
