@@ -181,7 +181,9 @@ void compute_some_product();
 void check_finished(Block& block);  // fails if something is still under way when the block ends
 bool on_a_fiber_stack(const void* pointer);
 
-const float* half_values();  // of all patterns of an fp16 number
+// The values of all patterns.
+const float* half_values();
+const float* e4m3_values();
 
 }  // namespace emulated
 }  // namespace shuntyard

@@ -64,7 +64,7 @@ const char* sixteen(const Block& block, uint32_t address) {
 int widen(Operand operand, const char* from, float* to) {
     if (operand == Operand::kE4m3) {
         for (int i = 0; i < 16; ++i) {
-            to[i] = to_float(E4m3{static_cast<uint8_t>(from[i])});
+            to[i] = e4m3_values()[static_cast<unsigned char>(from[i])];
         }
         return 16;
     }

@@ -39,7 +39,7 @@ void unpack(Operand operand, uint32_t word, float* values) {
             break;
         case Operand::kE4m3:
             for (int i = 0; i < 4; ++i) {
-                values[i] = to_float(E4m3{static_cast<uint8_t>(word >> 8 * i)});
+                values[i] = e4m3_values()[word >> 8 * i & 0xff];
             }
             break;
     }
@@ -83,6 +83,15 @@ void multiply_warp(Warp& warp) {
     }
 }
 
+template <typename X, typename Bits>
+std::vector<float> values_of() {
+    std::vector<float> all(size_t{1} << 8 * sizeof(Bits));
+    for (size_t i = 0; i < all.size(); ++i) {
+        all[i] = to_float(X{static_cast<Bits>(i)});
+    }
+    return all;
+}
+
 void nothing(Warp&) {}
 
 int registers_at_start(const Block& block) {
@@ -93,13 +102,12 @@ int registers_at_start(const Block& block) {
 }  // namespace
 
 const float* half_values() {
-    static const std::vector<float> values = [] {
-        std::vector<float> all(1 << 16);
-        for (uint32_t i = 0; i < all.size(); ++i) {
-            all[i] = to_float(Half{static_cast<uint16_t>(i)});
-        }
-        return all;
-    }();
+    static const std::vector<float> values = values_of<Half, uint16_t>();
+    return values.data();
+}
+
+const float* e4m3_values() {
+    static const std::vector<float> values = values_of<E4m3, uint8_t>();
     return values.data();
 }
 
