@@ -71,6 +71,14 @@ def machine(library: Any) -> dict[str, Any]:
     return facts
 
 
+def free_memory() -> int:
+    """Bytes of the device that nothing holds."""
+    import torch
+
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def compare(run: Callable[[], Any], expected: Any) -> float:
     """The norm of the difference, by the norm of what is expected."""
     got, wide = run().float(), expected.float()
@@ -87,7 +95,7 @@ def measure_point(
     from bench.kernels.ours import expert_weights
 
     layers = [
-        contenders.make_layer(model, tokens, skew, weights, "cuda", seed=1 + number)
+        contenders.make_layer(model, tokens, skew, weights, weights.w2.device.type, seed=1 + number)
         for number, weights in enumerate(copies)
     ]
     counts = [len(torch.unique(layer.logits.argmax(1))) for layer in layers]
@@ -131,10 +139,8 @@ def shown(point: results.Point) -> str:
     return "; ".join(parts)
 
 
-def measure(args: argparse.Namespace, library: Any) -> results.Run:
+def measure(args: argparse.Namespace, library: Any, device: str = "cuda") -> results.Run:
     """The whole run."""
-    import torch
-
     from bench.kernels import clock, contenders
 
     absent = contenders.available()[1]
@@ -148,13 +154,12 @@ def measure(args: argparse.Namespace, library: Any) -> results.Run:
     for name in args.models:
         model = MODELS[name]
         for precision in args.precisions:
-            torch.cuda.empty_cache()
             need = model.experts * model.expert_weights * WEIGHT_BYTES[precision]
-            fit = int(torch.cuda.mem_get_info()[0] * 0.8 // need)
+            fit = int(free_memory() * 0.8 // need)
             if fit == 0:
                 print(f"{name} {precision}: {need / 1e9:.0f} GB of weights do not fit")
                 continue
-            first = contenders.make_weights(model, precision, "cuda")
+            first = contenders.make_weights(model, precision, device)
             copies = [first, *(first.copy() for _ in range(min(COPIES, fit) - 1))]
             for skew in args.skews:
                 for tokens in args.tokens:

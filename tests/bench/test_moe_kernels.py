@@ -6,6 +6,7 @@ import sys
 import types
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench import moe_kernels
-from bench.kernels import arithmetic, contenders, plot, results
+from bench.kernels import arithmetic, clock, contenders, plot, results
+from bench.kernels import ours as ours_module
 from bench.kernels.arithmetic import MODELS, Model, touched, work_of
 from bench.kernels.contenders import Layer, by_fbgemm, by_torch, by_vllm, make_layer, make_weights, ours, quantised
 from bench.kernels.ours import Library, expert_weights
@@ -276,6 +278,45 @@ def test_every_tactic_gives_the_same(library: Library, precision: str) -> None:
     expected = ours(library, layer)().clone()
     for tactic in tactics:
         assert moe_kernels.compare(ours(library, layer, tactic), expected) <= moe_kernels.MOST_DIFFERENT[precision]
+
+
+def test_a_whole_run(
+    library: Library,
+    packages: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the processor, where everything is but the clock and torch's grouped products in FP8."""
+
+    def timed(calls: list[Callable[[], Tensor]], rounds: int) -> tuple[results.Times, bool]:
+        assert len(calls) == 2 and len({call().data_ptr() for call in calls}) == 2
+        return results.Times(2.0, 1.0, 3.0, 0.5, rounds), True
+
+    monkeypatch.setitem(MODELS, "scout", SMALL)
+    monkeypatch.setattr(moe_kernels, "machine", lambda _: {"gpu": "none"})
+    monkeypatch.setattr(moe_kernels, "free_memory", lambda: int(2.5 * SMALL.experts * SMALL.expert_weights / 0.8))
+    for name, value in (("copy_gigabytes", 4300.0), ("gemm_teraflops", 1400.0)):
+        monkeypatch.setattr(clock, name, lambda *_, value=value: value)
+    monkeypatch.setattr(clock, "measure", timed)
+    monkeypatch.setitem(contenders.PEERS, "absent", ("no_such_package", by_torch))
+    parsed = ["--models", "scout", "--precisions", "fp8", "--tokens", "24", "--skews", "zipf", "--rounds", "3"]
+    monkeypatch.setattr(moe_kernels, "measure", partial(moe_kernels.measure, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ours_module, "Library", lambda path: library)
+    json = tmp_path / "run.json"
+    assert moe_kernels.main([*parsed, "--tactics", "--json", str(json)]) == 0, capsys.readouterr().out
+    run = results.read(json)
+    assert run.absent.keys() == {"absent"} and "no_such_package" in run.absent["absent"]
+    (point,) = run.points
+    assert (point.model, point.tokens, point.skew) == ("small", 24, "zipf")
+    assert 1 < point.experts_touched <= 16
+    by_name = {entry.name: entry for entry in point.entries}
+    for name in ("ours", "ours, plain", "vLLM", "FBGEMM"):
+        assert by_name[name].times == results.Times(2.0, 1.0, 3.0, 0.5, 3), by_name[name]
+    assert by_name["torch"].times is not None or by_name["torch"].problem
+    text = capsys.readouterr().out
+    assert "absent: absent: ModuleNotFoundError" in text and "small fp8 zipf T=24: floor" in text
 
 
 def test_skews() -> None:
