@@ -56,7 +56,7 @@ void place(Experts& call, void* workspace) {
 
 }  // namespace
 
-int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps) {
+int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps, int chunk) {
     Preparation task{};
     task.rows = call.x;
     task.scores = call.scores;
@@ -71,6 +71,7 @@ int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps) {
     task.top_k = call.top_k;
     task.width = task.orphan_width = call.width;
     task.experts = static_cast<int32_t>(call.experts);
+    task.chunk = chunk;
     return prepare(call.x_type, task, given_scales(call.matrices.gate), given_scales(call.matrices.up), maps,
                    call.stream);
 }

@@ -34,8 +34,8 @@ struct Experts {
 enum class Inputs { kScaled, kCodes };
 
 // One launch: the inputs, gathered, scaled and maybe quantised; rows of no expert are NaN in the result. With maps,
-// descriptors of all weights, too.
-int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps = nullptr);
+// descriptors of all weights, too. Chunk: of Preparation.
+int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps = nullptr, int chunk = 0);
 
 // One launch: hidden rows as codes.
 int prepare_hidden(const Experts& call);

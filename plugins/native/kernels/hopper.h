@@ -47,4 +47,28 @@ int launch_hopper_half(HopperTile tile, Major major, bool pair, const HopperProd
 int launch_hopper_bfloat(HopperTile tile, Major major, bool pair, const HopperProduct& product, int multiprocessors,
                          void* stream);
 
+// What weights are scaled with before they are rounded to X. Of the two parts, gate and up, down is the first.
+struct MixedScales {
+    const void* scales[2][SHUNTYARD_MAX_EXPERTS];
+    int64_t stride;  // from one channel's scale to the next channel's
+    int32_t group;   // of INT4: how many of K share one
+    int type;
+};
+
+// Rows of X, in the order of mixed_place, and weights of E4M3 or INT4. What comes out of gate and up is in that order, too.
+int launch_hopper_mixed_half(HopperTile tile, bool int4, bool pair, const HopperProduct& product,
+                             const MixedScales& scales, int multiprocessors, void* stream);
+int launch_hopper_mixed_bfloat(HopperTile tile, bool int4, bool pair, const HopperProduct& product,
+                               const MixedScales& scales, int multiprocessors, void* stream);
+
+// Where number k of such a row lies, for weights of which 16 bytes hold `chunk` numbers. Four such chunks of a channel,
+// one for each of four threads, make a block of 4 * chunk numbers. Product s of a block takes of chunk t its numbers
+// 4s .. 4s + 3: as numbers 2t, 2t + 1, 2t + 8 and 2t + 9 of the product's 16.
+__host__ __device__ inline int64_t mixed_place(int64_t k, int chunk) {
+    const int64_t block = k / (4 * chunk) * (4 * chunk);
+    const int within = static_cast<int>(k % (4 * chunk));
+    const int t = within / chunk, s = within % chunk / 4, i = within % 4;
+    return block + 16 * s + 8 * (i / 2) + 2 * t + i % 2;
+}
+
 }  // namespace shuntyard

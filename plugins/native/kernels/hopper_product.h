@@ -42,6 +42,7 @@ struct HopperConfig {
     using Scales = std::conditional_t<kCodes, CodeScales, NoScales>;
 
     static constexpr int kBlock = kCodes ? 128 : 64;  // of K
+    static constexpr int kOfByte = 1, kRowBlocks = 1;
     static constexpr int kRowBoxes = kRows / kBoxRows;
     static constexpr int kColumnBoxes = kColumns / kBoxRows;
     static constexpr uint32_t kStageBytes = (kRowBoxes * (kMoreRows ? 2 : 1) + kColumnBoxes) * kBoxBytes;
@@ -152,8 +153,9 @@ __device__ inline void hopper_fill(const HopperProduct& product) {
             uint64_t* const full = &ring.full[ring.stage];
             barrier_arrive_expecting(full, C::kStageBytes);
             char* to = ring.current();
-            for (int box = 0; box < C::kRowBoxes; ++box, to += kBoxBytes) {
-                tma_load(to, &product.rows, full, k, place.row + box * kBoxRows);
+            for (int box = 0; box < C::kRowBoxes * C::kRowBlocks; ++box, to += kBoxBytes) {
+                tma_load(to, &product.rows, full, k + box / C::kRowBoxes * 64,
+                         place.row + box % C::kRowBoxes * kBoxRows);
             }
             for (int box = 0; box < (C::kMoreRows ? C::kRowBoxes : 0); ++box, to += kBoxBytes) {
                 tma_load(to, &product.more_rows, full, k, place.row + box * kBoxRows);
@@ -162,7 +164,7 @@ __device__ inline void hopper_fill(const HopperProduct& product) {
                 const TensorMap* const map = C::kPair && box % 2 == 1 ? second : first;
                 const int32_t column = place.column + box / (C::kPair ? 2 : 1) * kBoxRows;
                 const bool along_k = C::kMajor == Major::kK;
-                tma_load(to, map, full, along_k ? k : column, along_k ? column : k);
+                tma_load(to, map, full, along_k ? k / C::kOfByte : column, along_k ? column : k);
             }
             ring.next();
         }
@@ -362,14 +364,9 @@ __device__ inline void hopper_finish(const HopperProduct& product, const typenam
     }
 }
 
-#endif  // SHUNTYARD_ON_HOPPER
-
+// The ring's barriers, before anybody uses them.
 template <class C>
-__global__ void __launch_bounds__(kHopperThreads, 1)
-    hopper_product([[maybe_unused]] SHUNTYARD_TABLE(HopperProduct) product,
-                   [[maybe_unused]] SHUNTYARD_TABLE(typename C::Scales) scales) {
-#if SHUNTYARD_ON_HOPPER
-    HopperRing<C> ring;
+__device__ inline void hopper_begin(const HopperRing<C>& ring) {
     if (threadIdx.x == 0) {
         for (uint32_t stage = 0; stage < C::kStages; ++stage) {
             barrier_init(&ring.full[stage], 1);
@@ -378,6 +375,17 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         barrier_init_fence();
     }
     sync_block();
+}
+
+#endif  // SHUNTYARD_ON_HOPPER
+
+template <class C>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    hopper_product([[maybe_unused]] SHUNTYARD_TABLE(HopperProduct) product,
+                   [[maybe_unused]] SHUNTYARD_TABLE(typename C::Scales) scales) {
+#if SHUNTYARD_ON_HOPPER
+    HopperRing<C> ring;
+    hopper_begin<C>(ring);
     if (threadIdx.x < kGroupThreads) {
         fewer_registers();
         if (threadIdx.x == 0) {
@@ -400,8 +408,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
-template <class C>
-int launch_hopper(const HopperProduct& product, const typename C::Scales& scales, int multiprocessors, void* stream) {
+template <class C, typename Kernel, typename Scales>
+int launch_hopper_kernel(Kernel kernel, const HopperProduct& product, const Scales& scales, int multiprocessors,
+                         void* stream) {
     // No expert's last tile is counted twice: at most one more than whole tiles for each expert that has rows.
     const int64_t with_rows = product.experts < product.all_rows ? product.experts : product.all_rows;
     const int64_t tiles = (product.all_rows / C::kRows + with_rows) * ceil_div(product.columns, C::kOutColumns);
@@ -410,7 +419,12 @@ int launch_hopper(const HopperProduct& product, const typename C::Scales& scales
     }
     Shape shape{grid_of(tiles < multiprocessors ? tiles : multiprocessors), dim3(kHopperThreads)};
     shape.shared = C::kShared;
-    return launch(hopper_product<C>, shape, stream, product, scales);
+    return launch(kernel, shape, stream, product, scales);
+}
+
+template <class C>
+int launch_hopper(const HopperProduct& product, const typename C::Scales& scales, int multiprocessors, void* stream) {
+    return launch_hopper_kernel<C>(hopper_product<C>, product, scales, multiprocessors, stream);
 }
 
 }  // namespace shuntyard

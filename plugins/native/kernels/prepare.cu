@@ -2,6 +2,8 @@
 // known before the first code can be made.
 #include "kernels/prepare.h"
 
+#include "kernels/hopper.h"
+
 namespace shuntyard {
 namespace {
 
@@ -59,6 +61,20 @@ __device__ inline void put(T* to, const float (&values)[kCount]) {
         made[i] = from_float<T>(values[i]);
     }
     memcpy(__builtin_assume_aligned(static_cast<void*>(to), sizeof(made)), made, sizeof(made));
+}
+
+// In the order that products with weights in registers take them: two by two.
+template <typename X, int kCount>
+__device__ inline void put_mixed(X* row, const float (&values)[kCount], int64_t column, int chunk) {
+    if constexpr (sizeof(X) == 2 && kCount % 2 == 0) {
+        for (int i = 0; i < kCount; i += 2) {
+            reinterpret_cast<uint32_t*>(row)[mixed_place(column + i, chunk) / 2] = pack<X>(values[i], values[i + 1]);
+        }
+    } else {
+        for (int i = 0; i < kCount; ++i) {
+            row[mixed_place(column + i, chunk)] = from_float<X>(values[i]);
+        }
+    }
 }
 
 template <int kCount>
@@ -124,7 +140,12 @@ __device__ void prepare_row(const Preparation& task, const GivenScales& first, c
     walk(values, task.width, wide, [&](int64_t column, const auto& piece) {
         const int64_t place = row * task.width + column;
         if (task.scaled != nullptr) {
-            put(static_cast<X*>(task.scaled) + place, piece);
+            X* const to = static_cast<X*>(task.scaled) + row * task.width;
+            if (task.chunk == 0) {
+                put(to + column, piece);
+            } else {
+                put_mixed(to, piece, column, task.chunk);
+            }
         }
         if (task.codes != nullptr) {
             put_quotients(task.codes + place, piece, factor);

@@ -33,6 +33,7 @@ struct Preparation {
     void* orphans;       // X [T*K, orphan_width]: rows of no expert become NaN there; or null
     int64_t all_rows, top_k, width, orphan_width;
     int32_t experts;
+    int chunk;  // scaled rows lie as mixed_place says for such chunks; 0: in order
 };
 
 GivenScales given_scales(const Matrices& matrices);

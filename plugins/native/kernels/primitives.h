@@ -297,6 +297,12 @@ __device__ inline void products_wait() {
 // Keeps the compiler from moving accesses to a register that a product is working on.
 __device__ inline void keep(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 
+__device__ inline void keep_operands(const uint32_t (&a)[2][4]) {
+    for (const uint32_t(&own)[4] : a) {
+        asm volatile("" ::"r"(own[0]), "r"(own[1]), "r"(own[2]), "r"(own[3]) : "memory");
+    }
+}
+
 __device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
 __device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
 

@@ -64,6 +64,33 @@ SHUNTYARD_WGMMA(kBfloat, kN, 256, "m64n256k16.f32.bf16.bf16", SHUNTYARD_NAMES_12
                 SHUNTYARD_D32(0), SHUNTYARD_D32(32), SHUNTYARD_D32(64), SHUNTYARD_D32(96))
 
 #undef SHUNTYARD_WGMMA
+
+// The same with the left operand [64, 16] in registers: those of each warp as multiply() has them, for its 16 rows. They
+// must stay as they are until the product has been waited for (keep_operands).
+template <Operand kOperand, int kColumns>
+struct RegisterProduct;
+
+#define SHUNTYARD_WGMMA(kind, columns, instruction, names, a, b, p, ...)                                             \
+    template <>                                                                                                      \
+    struct RegisterProduct<Operand::kind, columns> {                                                                 \
+        __device__ static void multiply(float* d, const uint32_t (&left)[4], uint64_t right, bool accumulate) {      \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\n"                                              \
+                         "wgmma.mma_async.sync.aligned." instruction " " names ", " a ", " b ", p, 1, 1, 0;\n}"      \
+                         : __VA_ARGS__                                                                               \
+                         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),                       \
+                           "r"(static_cast<int32_t>(accumulate)));                                                   \
+        }                                                                                                            \
+    };
+SHUNTYARD_WGMMA(kHalf, 64, "m64n64k16.f32.f16.f16", SHUNTYARD_NAMES_32, "{%32, %33, %34, %35}", "%36",
+                "%37", SHUNTYARD_D32(0))
+SHUNTYARD_WGMMA(kHalf, 128, "m64n128k16.f32.f16.f16", SHUNTYARD_NAMES_64, "{%64, %65, %66, %67}", "%68",
+                "%69", SHUNTYARD_D32(0), SHUNTYARD_D32(32))
+SHUNTYARD_WGMMA(kBfloat, 64, "m64n64k16.f32.bf16.bf16", SHUNTYARD_NAMES_32, "{%32, %33, %34, %35}", "%36",
+                "%37", SHUNTYARD_D32(0))
+SHUNTYARD_WGMMA(kBfloat, 128, "m64n128k16.f32.bf16.bf16", SHUNTYARD_NAMES_64, "{%64, %65, %66, %67}", "%68",
+                "%69", SHUNTYARD_D32(0), SHUNTYARD_D32(32))
+
+#undef SHUNTYARD_WGMMA
 #undef SHUNTYARD_NAMES_32
 #undef SHUNTYARD_NAMES_64
 #undef SHUNTYARD_NAMES_128
