@@ -37,8 +37,8 @@ struct DirectCall {
 // The form that the call's products have here: kNone if these kernels cannot take it, be it for its types, its extents,
 // or an address that 16 bytes cannot be loaded from. They need compute capability 8.9.
 //
-// K, of both products, must be a multiple of what 16 bytes of weights hold; a group of INT4, of 32; along N, both extents
-// of 8.
+// K, of both products, must be a multiple of what 16 bytes of weights hold; a group of INT4, of 32; along N, both
+// extents of 8.
 DirectForm direct_form(const DirectCall& call);
 inline bool direct_takes(const DirectCall& call) { return direct_form(call) != DirectForm::kNone; }
 

@@ -7,6 +7,7 @@
 //
 //   [out, in]  Lane t takes a quarter of the slot's K, which is 16 contiguous bytes of a channel's weights, and the
 //              same numbers of K of token g. A product takes the lane's next numbers each, whatever their K.
+//              (Those of INT4 in pairs of equal parity: 0 and 2, 1 and 3.)
 //   [in, out]  The slot is 16 of K; lane t takes four of them, of each 16 bytes, which are eight neighbouring channels.
 //              Numbers of two K are put together.
 //
@@ -58,33 +59,35 @@ struct alignas(4 * kCount) Words {
     uint32_t words[kCount];
 };
 
-// As one load, from row * pitch bytes behind `base`. It stays where it stands among products, and its address is made
+// As one load, from row * pitch + offset bytes behind `base`. It stays where it stands among products, and its address is made
 // there: the compiler would else load all tiles' tokens first, keep all rows' addresses, and run out of registers.
 template <int kCount>
-__device__ Words<kCount> load_words(const char* base, uint32_t row, uint32_t pitch);
+__device__ Words<kCount> load_words(const char* base, uint32_t row, uint32_t pitch, int64_t offset);
 #ifdef __CUDACC__
 template <>
-__device__ inline Words<4> load_words<4>(const char* base, uint32_t row, uint32_t pitch) {
+__device__ inline Words<4> load_words<4>(const char* base, uint32_t row, uint32_t pitch, int64_t offset) {
     Words<4> w;
     asm volatile(
-        "{\n.reg .u64 address;\nmad.wide.u32 address, %5, %6, %4;\nld.global.v4.u32 {%0, %1, %2, %3}, [address];\n}"
+        "{\n.reg .u64 address;\nmad.wide.u32 address, %5, %6, %4;\nadd.u64 address, address, %7;\n"
+        "ld.global.v4.u32 {%0, %1, %2, %3}, [address];\n}"
         : "=r"(w.words[0]), "=r"(w.words[1]), "=r"(w.words[2]), "=r"(w.words[3])
-        : "l"(base), "r"(row), "r"(pitch));
+        : "l"(base), "r"(row), "r"(pitch), "l"(offset));
     return w;
 }
 template <>
-__device__ inline Words<2> load_words<2>(const char* base, uint32_t row, uint32_t pitch) {
+__device__ inline Words<2> load_words<2>(const char* base, uint32_t row, uint32_t pitch, int64_t offset) {
     Words<2> w;
     asm volatile(
-        "{\n.reg .u64 address;\nmad.wide.u32 address, %3, %4, %2;\nld.global.v2.u32 {%0, %1}, [address];\n}"
+        "{\n.reg .u64 address;\nmad.wide.u32 address, %3, %4, %2;\nadd.u64 address, address, %5;\n"
+        "ld.global.v2.u32 {%0, %1}, [address];\n}"
         : "=r"(w.words[0]), "=r"(w.words[1])
-        : "l"(base), "r"(row), "r"(pitch));
+        : "l"(base), "r"(row), "r"(pitch), "l"(offset));
     return w;
 }
 #else
 template <int kCount>
-__device__ Words<kCount> load_words(const char* base, uint32_t row, uint32_t pitch) {
-    return *reinterpret_cast<const Words<kCount>*>(base + uint64_t{row} * pitch);
+__device__ Words<kCount> load_words(const char* base, uint32_t row, uint32_t pitch, int64_t offset) {
+    return *reinterpret_cast<const Words<kCount>*>(base + uint64_t{row} * pitch + offset);
 }
 #endif
 
@@ -167,11 +170,11 @@ __device__ uint32_t fuse_pair(uint32_t a, uint32_t b, uint32_t c) {
 
 template <typename X>
 struct Int4Constants {  // 1024
-    static constexpr uint32_t kNumber = 0x64006400u, kLess = 0xe408e408u, kOne = 0x3c003c00u;
+    static constexpr uint32_t kNumber = 0x64006400u, kBytes = 0x64646464u, kLess = 0xe408e408u, kOne = 0x3c003c00u;
 };
 template <>
 struct Int4Constants<Bfloat> {  // 128
-    static constexpr uint32_t kNumber = 0x43004300u, kLess = 0xc308c308u, kOne = 0x3f803f80u;
+    static constexpr uint32_t kNumber = 0x43004300u, kBytes = 0x43434343u, kLess = 0xc308c308u, kOne = 0x3f803f80u;
 };
 
 // Values 2i and 2i + 1 of a word, in X.
@@ -182,7 +185,17 @@ __device__ inline uint32_t int4_pair(uint32_t word, uint32_t shifted, int i) {
     return fuse_pair<X>((nibbles & 0x000f000fu) | Constants::kNumber, Constants::kOne, Constants::kLess);
 }
 
-// The same, scaled. If the scale is a number of X, the product in fp32 is exact, and X's own multiplication rounds as
+// Of a word's values, those of the same parity are a byte apart, and are made with one instruction less: values
+// 4i + parity and 4i + 2 + parity.
+template <typename X>
+__device__ inline uint32_t int4_pair_apart(uint32_t word, int i, int parity) {
+    using Constants = Int4Constants<X>;
+    const uint32_t nibbles = word >> 4 * parity & 0x0f0f0f0fu;
+    const uint32_t numbers = permute_bytes(nibbles, Constants::kBytes, i == 0 ? 0x4140 : 0x4342);
+    return fuse_pair<X>(numbers, Constants::kOne, Constants::kLess);
+}
+
+// Values scaled. If the scale is a number of X, the product in fp32 is exact, and X's own multiplication rounds as
 // it is rounded from fp32: `pair` is then the scale, twice.
 template <typename X, bool kExact>
 __device__ inline uint32_t scaled_int4(uint32_t values, float scale, uint32_t pair) {
@@ -222,9 +235,8 @@ __device__ inline void make_operand(uint32_t (&a)[4], const DirectSlot<F>& slot,
                     a[2 * half + row] = pack<X>(low * scale, high * scale);
                 }
             } else if constexpr (F::kInt4) {
-                const uint32_t word = q.words[step / 2], shifted = word >> 4;
                 for (int half = 0; half < 2; ++half) {
-                    const uint32_t values = int4_pair<X>(word, shifted, step % 2 * 2 + half);
+                    const uint32_t values = int4_pair_apart<X>(q.words[step / 2], step % 2, half);
                     a[2 * half + row] = scaled_int4<X, kExact>(values, scales.value[m][own], scales.pair[m][own]);
                 }
             } else {

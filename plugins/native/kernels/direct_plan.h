@@ -87,7 +87,7 @@ struct DirectTokens {
     __device__ Words<F::kWords> load(int set, int n, int part, bool inside) const {
         Words<F::kWords> result{};
         if (inside) {
-            result = load_words<F::kWords>(rows[set] + part * (4 * F::kWords), row[n], pitch);
+            result = load_words<F::kWords>(rows[set], row[n], pitch, part * (4 * F::kWords));
         }
         return result;
     }
@@ -98,10 +98,19 @@ struct DirectTokens {
         }
     }
 
-    __device__ void scale(Words<F::kWords>& values, [[maybe_unused]] int n) const {
-        if constexpr (F::kScaleTokens) {
-            for (uint32_t& pair : values.words) {
-                pair = scaled_pair<typename F::X>(pair, score[n], score[n]);
+    // As products take them: scaled, and in the order of the weights.
+    __device__ void arrange(Words<F::kWords>& values, [[maybe_unused]] int n) const {
+        using X = typename F::X;
+        for (int i = 0; i < F::kWords; i += 2) {
+            uint32_t &one = values.words[i], &next = values.words[i + 1];
+            if constexpr (F::kInt4) {
+                const uint32_t even = permute_bytes(one, next, 0x5410), odd = permute_bytes(one, next, 0x7632);
+                one = even;
+                next = odd;
+            }
+            if constexpr (F::kScaleTokens) {
+                one = scaled_pair<X>(one, score[n], score[n]);
+                next = scaled_pair<X>(next, score[n], score[n]);
             }
         }
     }

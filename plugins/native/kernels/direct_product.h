@@ -178,7 +178,7 @@ struct DirectProduct {
                 }
 #pragma unroll
                 for (int set = 0; set < F::kSets; ++set) {
-                    tokens.scale(values[set], n);
+                    tokens.arrange(values[set], n);
                 }
 #pragma unroll
                 for (int step = 0; step < F::kSteps; ++step) {
