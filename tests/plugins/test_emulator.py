@@ -61,6 +61,8 @@ FAULTS = {
     "partly shared": "the threads of its group multiply different matrices",
     "registers gone": "that a product was working on are gone",
     "not brought": "what no copy has brought",
+    "operands written": "has written operands that a product was reading",
+    "operands not begun": "no products_begin since",
     "copy left": "its block ends while a copy to 0 is under way",
     "no acquire": "by a map that its thread has not acquired",
     "acquired by another": "by a map that its thread has not acquired",
@@ -141,7 +143,8 @@ def test_warp_products(on_host: Native, seed: int, operand: int) -> None:
     d = rng.normal(size=(16, 8)).astype(np.float32)
     expected = d + a.astype(np.float64) @ b.astype(np.float64)
     on_host.library.test_seed(ctypes.c_uint64(seed))
-    assert on_host.library.test_multiply(operand, pointer(words_of(a)), pointer(words_of(b.T)), pointer(d)) == 0
+    words = words_of(a), words_of(b.T)
+    assert on_host.library.test_multiply(operand, *map(pointer, words), pointer(d)) == 0
     np.testing.assert_allclose(d, expected, rtol=0, atol=1e-5)
 
 
@@ -170,6 +173,22 @@ def test_group_products(on_host: Native, seed: int, shape: tuple[int, int, int],
     on_host.library.test_seed(ctypes.c_uint64(seed))
     assert group_product(on_host, operand, major, a, b, d, stages, columns) == 0
     np.testing.assert_allclose(d, expected, rtol=0, atol=3e-4)
+
+
+@settings(max_examples=25)
+@given(seed=SEEDS, operand=st.sampled_from([HALF, BFLOAT]), columns=st.sampled_from([64, 128]))
+def test_group_products_of_registers(on_host: Native, seed: int, operand: int, columns: int) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(64, 64)).astype(OPERANDS[operand])
+    b = rng.normal(size=(columns, 64)).astype(OPERANDS[operand])
+    d = rng.normal(size=(64, columns)).astype(np.float32)
+    expected = d + a.astype(np.float64) @ b.T.astype(np.float64)
+    on_host.library.test_seed(ctypes.c_uint64(seed))
+    stored = Fenced.holding(b)
+    words = words_of(a)
+    places = pointer(words), ctypes.c_void_p(stored.address), pointer(d)
+    assert on_host.library.test_register_product(operand, columns, *places) == 0
+    np.testing.assert_allclose(d, expected, rtol=0, atol=1e-4)
 
 
 def test_hopper_keeps_14_bits_of_e4m3_sums(on_host: Native) -> None:

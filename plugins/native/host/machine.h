@@ -59,7 +59,8 @@ struct Warp {
 struct Pending {
     Product product;
     float* registers[128];
-    const uint32_t* operands[128];  // the left one's, if it is in registers
+    const uint32_t* operands[128];  // the left one's, if it is in registers,
+    uint32_t given[128][4];         // and what they held
     std::vector<float> sums;   // [64, columns]
     bool executed = false;
     int64_t before = -1;       // the number of the product whose sums it goes on with

@@ -183,6 +183,9 @@ void issue(Block& block, WarpGroup& group) {
     next.product = product;
     memcpy(next.registers, group.registers, sizeof(next.registers));
     memcpy(next.operands, group.operands, sizeof(next.operands));
+    for (int thread = 0; product.in_registers && thread < 128; ++thread) {
+        memcpy(next.given[thread], next.operands[thread], sizeof(next.given[thread]));
+    }
     const int count = registers_of(product);
     const Warp* warps = group.fibers[0]->warp;
     for (int i = 1; i < 4; ++i) {
@@ -204,12 +207,14 @@ void issue(Block& block, WarpGroup& group) {
             fail("GroupProduct::multiply: another product is working on some of its registers");
         }
     }
-    if (next.before < 0) {
+    if (next.before < 0 || product.in_registers) {
         for (int i = 0; i < 4; ++i) {
             if (!warps[i].begun) {
                 fail("GroupProduct::multiply: no products_begin since its registers were free for use");
             }
         }
+    }
+    if (next.before < 0) {
         next.sums.resize(64 * product.columns);
         for (int thread = 0; thread < 128; ++thread) {
             for (int i = 0; i < count; ++i) {
@@ -231,12 +236,17 @@ void retire_below(Warp& warp, WarpGroup& group, uint64_t end) {
     execute_below(*warp.block, group, end);
     for (; warp.retired < end; ++warp.retired) {
         Pending& done = group.pending[warp.retired - group.first];
-        if (done.superseded) {
-            continue;
-        }
         const int first = warp.number % 4 * 32;
         for (int thread = first; thread < first + 32; ++thread) {
             const Wait& wait = *static_cast<Wait*>(warp.arguments[thread - first]);
+            if (done.product.in_registers &&
+                (static_cast<const void*>(done.operands[thread]) < wait.frame ||
+                 memcmp(done.given[thread], done.operands[thread], sizeof(done.given[thread])) != 0)) {
+                fail("products_wait: thread %d has written operands that a product was reading", thread);
+            }
+            if (done.superseded) {
+                continue;
+            }
             if (static_cast<void*>(done.registers[thread]) < wait.frame) {
                 fail("products_wait: the registers of thread %d that a product was working on are gone", thread);
             }

@@ -7,6 +7,8 @@ namespace shuntyard {
 namespace emulated {
 namespace {
 
+constexpr int kMoreRegisters = 232, kFewerRegisters = 40;  // as primitives.h has them
+
 const Operation kSyncWarp{"sync_warp"}, kShuffle{"shuffle"}, kShuffleXor{"shuffle_xor"}, kShuffleUp{"shuffle_up"},
     kBallot{"ballot"}, kMatchAny{"match_any"}, kReduce{"reduce_max or reduce_min"}, kMore{"more_registers"},
     kFewer{"fewer_registers"};
@@ -148,18 +150,18 @@ void more_registers() {
     Fiber& fiber = self("more_registers", kHopper);
     with_warp(kMore, nullptr, nothing);
     Block& block = *fiber.block;
-    const int more = 240 - registers_at_start(block);
+    const int more = kMoreRegisters - registers_at_start(block);
     while (fiber.warp->registers == 0) {
         if (block.free_registers >= 32 * more) {
             block.free_registers -= 32 * more;
-            fiber.warp->registers = 240;
+            fiber.warp->registers = kMoreRegisters;
             break;
         }
         block.need_registers.push_back(&fiber);
         wait_as("more_registers");
     }
-    if (fiber.warp->registers != 240 || more < 0) {
-        fail("more_registers: 240 of them, and it has as many or more");
+    if (fiber.warp->registers != kMoreRegisters || more < 0) {
+        fail("more_registers: %d of them, and its warp had more or has changed their number before", kMoreRegisters);
     }
 }
 
@@ -170,8 +172,8 @@ void fewer_registers() {
         if (warp.registers != 0) {
             fail("fewer_registers: its warp has changed their number before");
         }
-        warp.registers = 24;
-        block.free_registers += 32 * (registers_at_start(block) - 24);
+        warp.registers = kFewerRegisters;
+        block.free_registers += 32 * (registers_at_start(block) - kFewerRegisters);
         for (Fiber* waiting : block.need_registers) {
             make_ready(*waiting);
         }

@@ -144,6 +144,52 @@ __global__ void exchange(const uint32_t* values, const int32_t* lanes, uint32_t*
     }
 }
 
+// d [64, N] += a [64, 64] * b [N, 64], `a` in registers.
+template <Operand kOperand, int kColumns>
+__global__ void multiply_registers(const uint32_t* a, SHUNTYARD_TABLE(TensorMap) b, float* d) {
+    char* const box = shared_memory();
+    uint64_t* const full = reinterpret_cast<uint64_t*>(box + kColumns * 128);
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread == 0) {
+        barrier_init(full, 1);
+        barrier_init_fence();
+        barrier_arrive_expecting(full, kColumns * 128);
+        tma_load(box, &b, full, 0, 0);
+    }
+    sync_block();
+    const int row = 16 * (thread / 32) + thread % 32 / 4, t = thread % 4;
+    uint32_t left[4][4];
+    for (int step = 0; step < 4; ++step) {
+        for (int i = 0; i < 4; ++i) {
+            left[step][i] = a[(row + 8 * (i % 2)) * 32 + 8 * step + t + 4 * (i / 2)];
+        }
+    }
+    float sums[kColumns / 2];
+    const auto place_of = [&](int i) { return (row + 8 * (i / 2 % 2)) * kColumns + 8 * (i / 4) + 2 * t + i % 2; };
+    for (int i = 0; i < kColumns / 2; ++i) {
+        sums[i] = d[place_of(i)];
+    }
+    barrier_wait(full, 0);
+    products_begin();
+    for (int step = 0; step < 4; ++step) {
+        RegisterProduct<kOperand, kColumns>::multiply(sums, left[step], descriptor(box + 32 * step, 16, 1024), true);
+    }
+    products_commit();
+    products_wait<0>();
+    for (int i = 0; i < kColumns / 2; ++i) {
+        d[place_of(i)] = sums[i];
+    }
+}
+
+template <Operand kOperand, int kColumns>
+int run_registers(const uint32_t* a, const void* b, float* d) {
+    TensorMap right;
+    SHUNTYARD_TRY(encode_tensor_map(right, 2, b, 64, kColumns, 128, 64, kColumns));
+    Shape shape{dim3(1), dim3(128)};
+    shape.shared = kColumns * 128 + sizeof(uint64_t);
+    return launch(multiply_registers<kOperand, kColumns>, shape, nullptr, a, right, d);
+}
+
 template <Operand kOperand, Major kMajor, int kColumns>
 int run_blocks(const void* a, const void* b, float* d, int64_t depth, int stages) {
     constexpr int kBytes = kOperand == Operand::kE4m3 ? 1 : 2;
@@ -169,6 +215,16 @@ SHUNTYARD_API int test_multiply(int operand, const uint32_t* a, const uint32_t* 
     constexpr void (*kKernels[])(const uint32_t*, const uint32_t*, float*) = {
         multiply_once<Operand::kHalf>, multiply_once<Operand::kBfloat>, multiply_once<Operand::kE4m3>};
     return launch(kKernels[operand], Shape{dim3(1), dim3(32)}, nullptr, a, b, d);
+}
+
+SHUNTYARD_API int test_register_product(int operand, int columns, const uint32_t* a, const void* b, float* d) {
+    switch (1000 * operand + columns) {
+        case 64: return run_registers<Operand::kHalf, 64>(a, b, d);
+        case 128: return run_registers<Operand::kHalf, 128>(a, b, d);
+        case 1064: return run_registers<Operand::kBfloat, 64>(a, b, d);
+        case 1128: return run_registers<Operand::kBfloat, 128>(a, b, d);
+        default: return -1;
+    }
 }
 
 // A box [box_rows, 128 bytes] from (row, column) on, in the swizzle that it lies in.

@@ -48,6 +48,8 @@ enum Fault {
     kPartlyShared,
     kRegistersGone,
     kNotBrought,
+    kOperandsWritten,
+    kOperandsNotBegun,
     kCopyLeft,
     // of maps
     kNoAcquire,
@@ -65,7 +67,8 @@ const char* const kNames[] = {
     "block leaves", "no sync_cluster", "never initialised", "overwritten", "one arrival more", "one arrival less",
     "no fence", "fewer bytes", "more bytes", "box offset", "early read", "early refill", "released early", "not waited",
     "not committed", "committed twice", "not begun", "touched", "partly shared", "registers gone", "not brought",
-    "copy left", "no acquire", "acquired by another", "not published", "map on stack", "none given"};
+    "operands written", "operands not begun", "copy left", "no acquire", "acquired by another", "not published",
+    "map on stack", "none given"};
 static_assert(sizeof(kNames) / sizeof(*kNames) == kFaults, "a name for each");
 
 // Two warps exchange numbers, twice over the same place.
@@ -250,6 +253,39 @@ __global__ void ring(int fault, SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
     }
 }
 
+// d [64, 64] = a * b [64, 64] twice, with the left operand in registers: all ones, then all twos.
+__global__ void from_registers(int fault, SHUNTYARD_TABLE(TensorMap) b, float* out) {
+    char* const box = shared_memory();
+    uint64_t* const full = reinterpret_cast<uint64_t*>(box + 64 * 128);
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1);
+        barrier_init_fence();
+        barrier_arrive_expecting(full, 64 * 128);
+        tma_load(box, &b, full, 0, 0);
+    }
+    sync_block();
+    barrier_wait(full, 0);
+    float sums[32];
+    uint32_t a[2][4];
+    for (int i = 0; i < 2; ++i) {
+        uint32_t(&own)[4] = a[fault == kOperandsWritten ? 0 : i];
+        for (uint32_t& word : own) {
+            word = i == 0 ? 0x3c003c00u : 0x40004000u;
+        }
+        if (i == 0 || fault != kOperandsNotBegun) {
+            products_begin();
+        }
+        RegisterProduct<Operand::kHalf, 64>::multiply(sums, own, descriptor(box, 16, 1024), i > 0);
+        products_commit();
+        products_wait<1>();
+    }
+    products_wait<0>();
+    keep_operands(a);
+    for (uint32_t i = 0; i < 32; ++i) {
+        out[threadIdx.x * 32 + i] = sums[i];
+    }
+}
+
 // A box by a map that the kernel makes itself: warp 0 publishes, warp 1 copies.
 __global__ void own_map(int fault, SHUNTYARD_TABLE(TensorMap) like, const uint8_t* matrix, TensorMap* place,
                         float* out) {
@@ -341,6 +377,12 @@ int run(int kind, int fault, float* out) {
     const uint8_t* const matrix = aligned_to<uint8_t>(codes, 16);
     TensorMap map;
     SHUNTYARD_TRY(encode_tensor_map(map, 1, matrix, kDepth, 64, kDepth, 128, 64));
+    if (kind == kOperandsWritten || kind == kOperandsNotBegun) {
+        SHUNTYARD_TRY(encode_tensor_map(map, 2, matrix, 64, 64, 128, 64, 64));
+        shape.block = dim3(128);
+        shape.shared = 64 * 128 + sizeof(uint64_t);
+        return launch(from_registers, shape, nullptr, fault, map, out);
+    }
     if (kind < kNoAcquire) {
         shape.block = dim3(160);
         shape.shared = 4 * 64 * 128 + 4 * sizeof(uint64_t);
