@@ -59,8 +59,9 @@ struct alignas(4 * kCount) Words {
     uint32_t words[kCount];
 };
 
-// As one load, from row * pitch + offset bytes behind `base`. It stays where it stands among products, and its address is made
-// there: the compiler would else load all tiles' tokens first, keep all rows' addresses, and run out of registers.
+// As one load, from row * pitch + offset bytes behind `base`. It stays where it stands among products, and its address
+// is made there: the compiler would else load all tiles' tokens first, keep all rows' addresses, and run out of
+// registers.
 template <int kCount>
 __device__ Words<kCount> load_words(const char* base, uint32_t row, uint32_t pitch, int64_t offset);
 #ifdef __CUDACC__
