@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, replace, replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,12 @@ def hopper(title: str, name: str, source: str, product: str, others: tuple[str, 
     return Family(title, rf"\d+hopper_product.*{name}", source, 384, uses, {89: nothing, 90: others, 120: nothing})
 
 
+def mixed(title: str, name: str, source: str, product: str, other: str) -> Family:
+    """The same, with weights that become 16-bit in registers."""
+    row = hopper(title, name, source, product, (other, r"QG?MMA.*", r"HMMA.*"))
+    return replace(row, name=rf"\d+hopper_mixed.*{name}")
+
+
 def direct(title: str, name: str, source: str, product: str, others: tuple[str, ...]) -> Family:
     """Kernels of mma.sync with 16-bit operands, which every architecture has."""
     uses, never = (dict.fromkeys((89, 90, 120), value) for value in ((product,), (*HOPPERS_OWN, *others)))
@@ -80,6 +86,8 @@ TABLE = (
     hopper("Hopper, E4M3", "OperandE2E", "hopper_codes", E4M3_WIDE, (HALF_WIDE, BFLOAT_WIDE, r"[HQ]MMA.*")),
     hopper("Hopper, fp16", "OperandE0E", "hopper_half", HALF_WIDE, (r"QG?MMA.*", BFLOAT_WIDE, r"HMMA.*")),
     hopper("Hopper, bf16", "OperandE1E", "hopper_bfloat", BFLOAT_WIDE, (r"QG?MMA.*", HALF_WIDE, r"HMMA.*")),
+    mixed("Hopper, weights to fp16", "MixedConfigINS_4HalfE", "hopper_mixed_half", HALF_WIDE, BFLOAT_WIDE),
+    mixed("Hopper, weights to bf16", "MixedConfigINS_6BfloatE", "hopper_mixed_bfloat", BFLOAT_WIDE, HALF_WIDE),
     # 9.0 has no FP8 product for one warp: ptxas turns the codes into fp16, which is exact, and makes two of fp16.
     Family(
         "direct, E4M3 codes",

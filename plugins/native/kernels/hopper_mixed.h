@@ -43,9 +43,9 @@ struct MixedFactors {
     float scales[2][2][C::kInt4 ? 2 : 1];
 };
 
-// The thread's weights of one stage, as they came.
+// The thread's weights for half of a stage, as they came: one chunk of its two channels of both products.
 struct MixedWeights {
-    Quad chunks[2][2][2];  // by product, channel (the fragment's row g, or g + 8), chunk (t, or t + 4)
+    Quad chunks[2][2];  // by product, channel (the fragment's row g, or g + 8)
 };
 
 template <class C>
@@ -67,10 +67,13 @@ struct MixedThread {
 template <class C>
 __device__ inline void mixed_factors(MixedFactors<C>& factors, const HopperProduct& product, const MixedScales& scales,
                                      const HopperTilePlace& place, const MixedThread<C>& thread, int32_t k) {
+#pragma unroll
     for (int p = 0; p < 2; ++p) {
         const void* const own = scales.scales[C::kPair ? p : 0][place.expert];
+#pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int32_t channel = thread.channel(place, p, row);
+#pragma unroll
             for (int chunk = 0; chunk < (C::kInt4 ? 2 : 1); ++chunk) {
                 const int32_t of_k = C::kInt4 ? k + 128 * chunk + thread.lane % 4 * 32 : 0;
                 const bool exists = channel < product.columns && of_k < product.inner;
@@ -81,21 +84,17 @@ __device__ inline void mixed_factors(MixedFactors<C>& factors, const HopperProdu
     }
 }
 
-// From a stage to registers. Two threads of neighbouring channels begin with different chunks: no bank is asked twice.
+// From a stage to registers: chunk t, or t + 4, of the thread's channels.
 template <class C>
-__device__ inline void mixed_load(MixedWeights& weights, const char* stage, const MixedThread<C>& thread) {
+__device__ inline void mixed_load(MixedWeights& weights, const char* stage, const MixedThread<C>& thread, int chunk) {
     const char* const columns = stage + C::kStageBytes - C::kColumnBoxes * kBoxBytes + 2 * thread.group * kBoxBytes;
-    const int odd = thread.lane / 4 % 2, t = thread.lane % 4;
+#pragma unroll
     for (int p = 0; p < 2; ++p) {
+#pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int channel = thread.first + 8 * row;
-            const char* const line = columns + p * kBoxBytes + channel * 128;
-            const Quad one = load(line + ((t + 4 * odd) ^ channel % 8) * 16);
-            const Quad other = load(line + ((t + 4 - 4 * odd) ^ channel % 8) * 16);
-            for (int i = 0; i < 4; ++i) {
-                weights.chunks[p][row][0].words[i] = odd ? other.words[i] : one.words[i];
-                weights.chunks[p][row][1].words[i] = odd ? one.words[i] : other.words[i];
-            }
+            const int place = (thread.lane % 4 + 4 * chunk) ^ channel % 8;  // the swizzle of 128 bytes
+            weights.chunks[p][row] = load(columns + p * kBoxBytes + channel * 128 + place * 16);
         }
     }
 }
@@ -105,9 +104,11 @@ template <class C, bool kExact>
 __device__ inline void mixed_operand(uint32_t (&a)[4], const MixedWeights& weights, const MixedFactors<C>& factors,
                                      int p, int chunk, int step) {
     using X = typename C::X;
+#pragma unroll
     for (int row = 0; row < 2; ++row) {
-        const Quad& q = weights.chunks[p][row][chunk];
+        const Quad& q = weights.chunks[p][row];
         const float scale = factors.scales[p][row][C::kInt4 ? chunk : 0];
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
             if constexpr (C::kInt4) {
                 const uint32_t word = q.words[step / 2];
@@ -122,20 +123,26 @@ __device__ inline void mixed_operand(uint32_t (&a)[4], const MixedWeights& weigh
     }
 }
 
-// The products of one stage.
+// The products of one stage. While one runs, the next one's operands are made.
 template <class C, bool kExact>
-__device__ inline void mixed_multiply(const char* stage, const MixedWeights& weights, const MixedFactors<C>& factors,
+__device__ inline void mixed_multiply(const char* stage, const MixedThread<C>& thread, const MixedFactors<C>& factors,
                                       float (&sums)[2][C::kSums], bool accumulate) {
     constexpr int kOfChunk = C::kBlock / 32;  // products that a chunk is for
-    uint32_t a[2][2][4];                      // what one product is made of while the one before runs
+    MixedWeights weights;
+    uint32_t a[2][2][4];
 #pragma unroll
     for (int i = 0; i < 2 * kOfChunk; ++i) {
+        if (i % kOfChunk == 0) {
+            mixed_load<C>(weights, stage, thread, i / kOfChunk);
+        }
         uint32_t(&own)[2][4] = a[i % 2];
+#pragma unroll
         for (int p = 0; p < 2; ++p) {
             mixed_operand<C, kExact>(own[p], weights, factors, p, i / kOfChunk, i % kOfChunk);
         }
         const char* const rows = stage + i / 4 * C::kRowBoxes * kBoxBytes + i % 4 * 32;
         products_begin();
+#pragma unroll
         for (int p = 0; p < 2; ++p) {
             RegisterProduct<C::kOperand, C::kRows>::multiply(sums[p], own[p], descriptor(rows, 16, 1024),
                                                              accumulate || i > 0);
@@ -158,13 +165,11 @@ __device__ inline void mixed_sum(const HopperProduct& product, const MixedScales
     MixedFactors<C> factors;
     mixed_factors<C>(factors, product, scales, place, thread, 0);
     for (int32_t k = 0; k < inner; k += C::kBlock) {
-        MixedWeights weights;
         barrier_wait(&ring.full[ring.stage], ring.parity);
-        mixed_load<C>(weights, ring.current(), thread);
         if (C::kInt4 && exact) {
-            mixed_multiply<C, true>(ring.current(), weights, factors, sums, k > 0);
+            mixed_multiply<C, true>(ring.current(), thread, factors, sums, k > 0);
         } else {
-            mixed_multiply<C, false>(ring.current(), weights, factors, sums, k > 0);
+            mixed_multiply<C, false>(ring.current(), thread, factors, sums, k > 0);
         }
         sync_warp();
         if (thread.lane == 0) {
@@ -175,6 +180,7 @@ __device__ inline void mixed_sum(const HopperProduct& product, const MixedScales
         }
         ring.next();
     }
+#pragma unroll
     for (int p = 0; p < 2; ++p) {
         for (float& sum : sums[p]) {
             keep(sum);
@@ -207,13 +213,18 @@ __device__ inline void mixed_finish(const HopperProduct& product, const HopperTi
     using X = typename C::X;
 #pragma unroll
     for (int j = 0; j < C::kRows / 8; ++j) {
+        if (place.row + 8 * j >= place.end) {  // also keeps ptxas from beginning all rows at once, which spills
+            break;
+        }
         const int32_t row = place.row + 8 * j + thread.lane % 4 * 2;
+#pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int i = 4 * j + 2 * h;
             if constexpr (C::kPair) {
                 mixed_store<C>(product, place, thread, thread.channel(place, 0, h), row,
                                swiglu_of<X>(sums[0][i], sums[1][i]), swiglu_of<X>(sums[0][i + 1], sums[1][i + 1]));
             } else {
+#pragma unroll
                 for (int p = 0; p < 2; ++p) {
                     mixed_store<C>(product, place, thread, thread.channel(place, p, h), row, sums[p][i],
                                    sums[p][i + 1]);
