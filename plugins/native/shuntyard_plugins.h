@@ -31,8 +31,8 @@ enum shuntyard_status {
     SHUNTYARD_OK = 0,
     SHUNTYARD_INVALID_ARGUMENT = -1,  // an extent, a type, a form of weights or a top_k that cannot be
     SHUNTYARD_WORKSPACE_TOO_SMALL = -2,
-    SHUNTYARD_NO_KERNELS = -3,           // the library was built without nvcc
-    SHUNTYARD_UNSUPPORTED_TACTIC = -4,   // the kernels asked for do not take such weights or extents, or this device
+    SHUNTYARD_NO_KERNELS = -3,          // the library was built without nvcc
+    SHUNTYARD_UNSUPPORTED_TACTIC = -4,  // the kernels asked for do not take such weights or extents, or this device
 };
 
 // A JSON object: version, abi_version, cuda (the version of nvcc, or null), cuda_source, architectures.
@@ -93,13 +93,15 @@ enum {
 enum shuntyard_tactic {
     SHUNTYARD_BY_SHAPE = 0,  // one of the others, by a table
     SHUNTYARD_PLAIN = 1,     // any form and extents, any device
-    SHUNTYARD_DIRECT_8 = 2,  // mma, compute capability 8.9 and later; weights go straight into registers; so many tokens a tile
+    SHUNTYARD_DIRECT_8 =
+        2,  // mma, compute capability 8.9 and later; weights go straight into registers; so many tokens a tile
     SHUNTYARD_DIRECT_16 = 3,
     SHUNTYARD_DIRECT_32 = 4,
     SHUNTYARD_DIRECT_64 = 5,
     SHUNTYARD_HOPPER_64 = 6,  // TMA and wgmma, compute capability 9.0; so many rows a tile
     SHUNTYARD_HOPPER_128 = 7,
-    SHUNTYARD_LAST_TACTIC = SHUNTYARD_HOPPER_128,
+    SHUNTYARD_HOPPER_WIDE = 8,  // 128 rows, and of quantised activations twice the columns
+    SHUNTYARD_LAST_TACTIC = SHUNTYARD_HOPPER_WIDE,
 };
 
 // What a tactic is called. Never null.

@@ -18,8 +18,7 @@ const char* shuntyard_status_text(int status) {
         case SHUNTYARD_NO_KERNELS:
             return "this library was built without CUDA kernels: reinstall shuntyard where pip may fetch "
                    "nvidia-cuda-nvcc, or with nvcc on PATH, and without SHUNTYARD_CUDA=off";
-        case SHUNTYARD_UNSUPPORTED_TACTIC:
-            return "the tactic has no kernels for these weights, extents or this device";
+        case SHUNTYARD_UNSUPPORTED_TACTIC: return "the tactic has no kernels for these weights, extents or this device";
         default: return status > 0 ? shuntyard_cuda_error_text(status) : "an unknown status";
     }
 }

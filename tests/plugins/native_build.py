@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "plugins" / "native"
 
 OK, INVALID_ARGUMENT, WORKSPACE_TOO_SMALL, NO_KERNELS, UNSUPPORTED_TACTIC = 0, -1, -2, -3, -4  # of shuntyard_plugins.h
-BY_SHAPE, PLAIN_TACTIC, DIRECT_8, DIRECT_16, DIRECT_32, DIRECT_64, HOPPER_64, HOPPER_128 = range(8)  # tactics
+BY_SHAPE, PLAIN_TACTIC, DIRECT_8, DIRECT_16, DIRECT_32, DIRECT_64, HOPPER_64, HOPPER_128, HOPPER_WIDE = range(9)
+"""Tactics."""
 TYPE_CODES = {
     np.dtype(np.float32): 0,
     np.dtype(np.float16): 1,

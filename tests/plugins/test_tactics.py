@@ -23,6 +23,7 @@ from tests.plugins.native_build import (
     DIRECT_64,
     HOPPER_64,
     HOPPER_128,
+    HOPPER_WIDE,
     INVALID_ARGUMENT,
     OK,
     PLAIN,
@@ -46,6 +47,14 @@ ALONG_K += [("linear", "tensor", "static"), ("linear", "channel", "static")]
 HOPPER_KINDS: list[tuple[str, ...]] = [("fused", "none"), ("split", "none"), *ALONG_K]
 MIXED_KINDS = [("linear", "tensor"), ("linear", "channel"), ("linear", "group")]  # become 16-bit on their way
 HALVES = ["fp16", "bf16"]
+
+
+def hopper_tactics(kind: tuple[str, ...]) -> list[int]:
+    """Wide tiles are an alternative where activations are quantised; elsewhere 128 rows have them anyhow."""
+    return [*HOPPER, HOPPER_WIDE] if len(kind) == 3 else HOPPER
+
+
+WITH_TACTIC = [(kind, tactic) for kind in HOPPER_KINDS for tactic in hopper_tactics(kind)]
 
 
 @pytest.fixture
@@ -76,7 +85,7 @@ def tactics_of(native: Native, feeds: dict[str, Array], made: Weights, top_k: in
     memories = [Fenced(0) for _ in made.arrays]
     weights = expert_weights(made, memories)
     tokens, hidden = feeds["x"].shape
-    found = (ctypes.c_int32 * HOPPER_128)()
+    found = (ctypes.c_int32 * HOPPER_WIDE)()
     sizes = map(ctypes.c_int64, (tokens, made.form.experts, top_k, hidden, made.width))
     code = ctypes.c_int(TYPE_CODES[feeds["x"].dtype])
     count = native.library.shuntyard_moe_experts_tactics(code, ctypes.byref(weights), *sizes, found)
@@ -97,21 +106,22 @@ def test_every_listed_tactic_runs_and_no_other(on_host: Native, compute: str, ki
     layout, quantization = kind[:2]
     if compute != "fp32" and (layout == "linear" or quantization == "none"):
         expected |= set(DIRECT if layout == "linear" else DIRECT[:3])
-        expected |= set(HOPPER)
+        expected |= set(hopper_tactics(kind))
     assert set(listed) == expected and listed == sorted(listed)
-    for tactic in range(BY_SHAPE, HOPPER_128 + 1):
+    for tactic in range(BY_SHAPE, HOPPER_WIDE + 1):
         status, rows = on_host.experts(feeds, made, top_k, tactic=tactic)
         if tactic in {BY_SHAPE, *listed}:
             assert status == OK
             check_rows(rows, feeds, made, top_k, compute)
         else:
             assert status == UNSUPPORTED_TACTIC and set(rows.tobytes()) == {0xFF}
-    for tactic in (-1, HOPPER_128 + 1):
+    for tactic in (-1, HOPPER_WIDE + 1):
         assert on_host.experts(feeds, made, top_k, tactic=tactic)[0] == INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(
-    ("capability", "families"), [(80, []), (86, []), (89, DIRECT), (90, DIRECT + HOPPER), (100, DIRECT), (120, DIRECT)]
+    ("capability", "families"),
+    [(80, []), (86, []), (89, DIRECT), (90, [*DIRECT, *HOPPER, HOPPER_WIDE]), (100, DIRECT), (120, DIRECT)],
 )
 def test_devices_have_their_tactics(on_host: Native, device: Any, capability: int, families: list[int]) -> None:
     device(capability)
@@ -154,9 +164,9 @@ def test_weights_off_16_bytes_have_plain_kernels(on_host: Native) -> None:
 def test_every_tactic_has_a_name(on_host: Native) -> None:
     name = on_host.library.shuntyard_tactic_name
     name.restype = ctypes.c_char_p
-    names = [name(tactic).decode() for tactic in range(-1, HOPPER_128 + 2)]
-    assert names[0] == names[-1] == "an unknown tactic" and len(set(names)) == HOPPER_128 + 2
-    assert names[1] == "by shape" and names[-2].startswith("hopper, 128 rows")
+    names = [name(tactic).decode() for tactic in range(-1, HOPPER_WIDE + 2)]
+    assert names[0] == names[-1] == "an unknown tactic" and len(set(names)) == HOPPER_WIDE + 2
+    assert names[1] == "by shape" and names[-2].startswith("hopper, 128 rows a wide")
 
 
 # -- the Hopper family
@@ -179,17 +189,24 @@ ROUND_THE_RING: dict[str, Any] = {"T": 150, "E": 3, "K": 1, "H": 784, "F": 272, 
 @settings(max_examples=60)
 @given(
     case=hopper_cases,
-    kind=st.sampled_from(HOPPER_KINDS),
+    with_tactic=st.sampled_from(WITH_TACTIC),
     compute=st.sampled_from(HALVES),
-    tactic=st.sampled_from(HOPPER),
     order=st.integers(0, 2**16),
     at_start=st.booleans(),
 )
-@example(case=ROUND_THE_RING, kind=HOPPER_KINDS[0], compute="bf16", tactic=HOPPER_64, order=1, at_start=False)
-@example(case=ROUND_THE_RING, kind=HOPPER_KINDS[-1], compute="fp16", tactic=HOPPER_128, order=2, at_start=False)
+@example(case=ROUND_THE_RING, with_tactic=(HOPPER_KINDS[0], HOPPER_64), compute="bf16", order=1, at_start=False)
+@example(case=ROUND_THE_RING, with_tactic=(HOPPER_KINDS[-1], HOPPER_128), compute="fp16", order=2, at_start=False)
+@example(case=ROUND_THE_RING, with_tactic=(HOPPER_KINDS[3], HOPPER_WIDE), compute="fp16", order=3, at_start=False)
+@example(case=ROUND_THE_RING, with_tactic=(HOPPER_KINDS[-1], HOPPER_WIDE), compute="bf16", order=4, at_start=False)
 def test_hopper(
-    on_host: Native, case: dict[str, Any], kind: tuple[str, ...], compute: str, tactic: int, order: int, at_start: bool
+    on_host: Native,
+    case: dict[str, Any],
+    with_tactic: tuple[tuple[str, ...], int],
+    compute: str,
+    order: int,
+    at_start: bool,
 ) -> None:
+    kind, tactic = with_tactic
     case = {**case, "K": min(case["K"], case["E"])}
     feeds, made, top_k = feeds_of(case, compute, compute, form_of(kind, case["E"]))
     seed(on_host, order)
@@ -261,13 +278,13 @@ def test_hopper_goes_through_tall_groups_of_tiles(on_host: Native, kind: tuple[s
     """More than 16 tiles of rows: the order of tiles is in groups then, the last of them shorter."""
     case = {"T": 2200, "E": 2, "K": 1, "H": 64, "F": 160, "skew": "one expert", "seed": 0}
     feeds, made, top_k = feeds_of(case, "bf16", "bf16", form_of(kind, 2))
-    for tactic in HOPPER:
+    for tactic in hopper_tactics(kind):
         status, rows = on_host.experts(feeds, made, top_k, tactic=tactic)
         assert status == OK
         check_rows(rows, feeds, made, top_k, "bf16")
 
 
-@pytest.mark.parametrize(("kind", "tactic"), list(itertools.product([*HOPPER_KINDS, *MIXED_KINDS], HOPPER)))
+@pytest.mark.parametrize(("kind", "tactic"), [*WITH_TACTIC, *itertools.product(MIXED_KINDS, HOPPER)])
 def test_hopper_gives_the_same_bits_in_any_order(
     on_host: Native, device: Any, kind: tuple[str, ...], tactic: int
 ) -> None:

@@ -8,7 +8,7 @@
 namespace conformance {
 namespace {
 
-constexpr size_t kGuard = 512;   // at least so many bytes before and behind
+constexpr size_t kGuard = 512;    // at least so many bytes before and behind
 constexpr size_t kAligned = 256;  // as TensorRT's own allocations
 
 std::string numbered(const char* what, size_t i) { return std::string(what) + " " + std::to_string(i); }
@@ -18,11 +18,11 @@ size_t first_difference(const Bytes& a, const Bytes& b, size_t begin, size_t end
     if (std::memcmp(a.data() + begin, b.data() + begin, end - begin) == 0) {
         return end;
     }
-    return static_cast<size_t>(
-        std::mismatch(a.begin() + static_cast<ptrdiff_t>(begin), a.begin() + static_cast<ptrdiff_t>(end),
-                      b.begin() + static_cast<ptrdiff_t>(begin))
-            .first -
-        a.begin());
+    return static_cast<size_t>(std::mismatch(a.begin() + static_cast<ptrdiff_t>(begin),
+                                             a.begin() + static_cast<ptrdiff_t>(end),
+                                             b.begin() + static_cast<ptrdiff_t>(begin))
+                                   .first -
+                               a.begin());
 }
 
 }  // namespace

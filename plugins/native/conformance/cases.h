@@ -36,7 +36,13 @@ namespace conformance {
 
 using Bytes = std::vector<unsigned char>;
 
-enum class SourceKind : uint8_t { kLiteral = 0, kUniform = 1, kTable = 2, kBits = 3, kBiased = 4 };
+enum class SourceKind : uint8_t {
+    kLiteral = 0,
+    kUniform = 1,
+    kTable = 2,
+    kBits = 3,
+    kBiased = 4
+};
 
 struct Table {
     size_t item = 0;
@@ -69,7 +75,13 @@ struct Input : Tensor {
     void make(unsigned char* to) const;
 };
 
-enum class JudgementKind : uint8_t { kNone = 0, kExact = 1, kNear = 2, kBetween = 3, kOneOf = 4 };
+enum class JudgementKind : uint8_t {
+    kNone = 0,
+    kExact = 1,
+    kNear = 2,
+    kBetween = 3,
+    kOneOf = 4
+};
 
 struct Candidates {
     bool may_be_nan = false;

@@ -161,9 +161,9 @@ extern "C" SHUNTYARD_API IPluginCreatorInterface* const* getCreators(int32_t& co
     const size_t begin = name.rfind("faulty-");
     fault = begin == std::string::npos ? "" : name.substr(begin + 7, name.rfind(".so") - begin - 7);
     void* host = dlopen((path.substr(0, path.rfind('/')) + "/../tests/libshuntyard_on_host.so").c_str(), RTLD_NOW);
-    auto* inner = host == nullptr ? nullptr
-                                  : reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(
-                                        dlsym(host, "getCreators"));
+    auto* inner = host == nullptr
+                      ? nullptr
+                      : reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(host, "getCreators"));
     if (inner == nullptr) {
         std::abort();
     }

@@ -250,9 +250,8 @@ int run_all(const Options& options) {
         status = 1;
     }
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    const std::string absent = tally.tactics_absent == 0
-                                   ? ""
-                                   : ", " + std::to_string(tally.tactics_absent) + " cases do not have the tactic";
+    const std::string absent =
+        tally.tactics_absent == 0 ? "" : ", " + std::to_string(tally.tactics_absent) + " cases do not have the tactic";
     std::printf("%lu cases, %lu runs%s, %lu failures, %.1f s\n", tally.cases, tally.runs, absent.c_str(),
                 tally.failures, took.count());
     for (const auto& [name, runs] : tally.by_tactic) {

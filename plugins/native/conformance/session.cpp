@@ -138,8 +138,7 @@ Library::Library(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NO
     if (handle_ == nullptr) {
         throw std::runtime_error(dlerror());
     }
-    auto* get_creators =
-        reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle_, "getCreators"));
+    auto* get_creators = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(handle_, "getCreators"));
     if (get_creators == nullptr) {
         throw std::runtime_error(path + " has no getCreators: it is no plugin library");
     }
@@ -167,8 +166,8 @@ std::string Library::build_info() const {
 }
 
 std::vector<int32_t> Library::tactics_of(const Case& made) const {
-    auto* ask = reinterpret_cast<decltype(&shuntyard_moe_experts_tactics)>(
-        dlsym(handle_, "shuntyard_moe_experts_tactics"));
+    auto* ask =
+        reinterpret_cast<decltype(&shuntyard_moe_experts_tactics)>(dlsym(handle_, "shuntyard_moe_experts_tactics"));
     if (made.op != 1 || ask == nullptr) {
         return {};
     }
@@ -184,20 +183,23 @@ std::vector<int32_t> Library::tactics_of(const Case& made) const {
     int64_t intermediate = down.extents.at(fused || linear ? 1 : 0);
     intermediate *= made.group_size > 0 ? 8 : 1;
     const std::vector<const void*> somewhere(count, &made);
-    const shuntyard_expert_weights weights = {
-        fused ? SHUNTYARD_FUSED : linear ? SHUNTYARD_LINEAR : SHUNTYARD_SPLIT,
-        type_code(down.type),
-        !scaled ? SHUNTYARD_UNSCALED
-        : made.group_size > 0 ? SHUNTYARD_PER_GROUP
-        : each_one ? SHUNTYARD_PER_TENSOR
-                   : SHUNTYARD_PER_CHANNEL,
-        scaled ? type_code(made.inputs[kFirstWeight + count].type) : 0,
-        made.group_size,
-        somewhere.data(),
-        scaled ? somewhere.data() : nullptr,
-        is_static ? SHUNTYARD_STATIC : made.activations == "dynamic" ? SHUNTYARD_DYNAMIC : SHUNTYARD_AS_THEY_ARE,
-        is_static ? type_code(made.inputs.back().type) : 0,
-        is_static ? somewhere.data() : nullptr};
+    const shuntyard_expert_weights weights = {fused    ? SHUNTYARD_FUSED
+                                              : linear ? SHUNTYARD_LINEAR
+                                                       : SHUNTYARD_SPLIT,
+                                              type_code(down.type),
+                                              !scaled               ? SHUNTYARD_UNSCALED
+                                              : made.group_size > 0 ? SHUNTYARD_PER_GROUP
+                                              : each_one            ? SHUNTYARD_PER_TENSOR
+                                                                    : SHUNTYARD_PER_CHANNEL,
+                                              scaled ? type_code(made.inputs[kFirstWeight + count].type) : 0,
+                                              made.group_size,
+                                              somewhere.data(),
+                                              scaled ? somewhere.data() : nullptr,
+                                              is_static                       ? SHUNTYARD_STATIC
+                                              : made.activations == "dynamic" ? SHUNTYARD_DYNAMIC
+                                                                              : SHUNTYARD_AS_THEY_ARE,
+                                              is_static ? type_code(made.inputs.back().type) : 0,
+                                              is_static ? somewhere.data() : nullptr};
     std::vector<int32_t> found(SHUNTYARD_LAST_TACTIC);
     const int has = ask(type_code(x.type), &weights, x.extents.at(0), made.experts, made.top_k, x.extents.at(1),
                         intermediate, found.data());
@@ -342,8 +344,8 @@ std::string Session::load(IPluginCreatorV3One& creator, IPluginV3& built) {
     }
     runtime = capability<IPluginV3OneRuntime>(*loaded_, PluginCapabilityType::kRUNTIME);
     attached_.reset(runtime == nullptr ? nullptr : runtime->attachToContext(nullptr));
-    runtime_ = attached_ == nullptr ? nullptr
-                                    : capability<IPluginV3OneRuntime>(*attached_, PluginCapabilityType::kRUNTIME);
+    runtime_ =
+        attached_ == nullptr ? nullptr : capability<IPluginV3OneRuntime>(*attached_, PluginCapabilityType::kRUNTIME);
     return runtime_ == nullptr ? "attachToContext gives nothing" : "";
 }
 

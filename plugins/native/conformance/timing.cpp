@@ -8,9 +8,9 @@ namespace conformance {
 namespace {
 
 constexpr size_t kFewestCopies = 3, kMostCopies = 64;
-constexpr size_t kCachesFull = 4;       // what is touched before the same copy is again
-constexpr double kLongCall = 500;       // microseconds; shorter calls are made more often
-constexpr double kOnceWillDo = 20000;   // microseconds
+constexpr size_t kCachesFull = 4;      // what is touched before the same copy is again
+constexpr double kLongCall = 500;      // microseconds; shorter calls are made more often
+constexpr double kOnceWillDo = 20000;  // microseconds
 constexpr size_t kRounds = 15, kRoundsOfLong = 7;
 
 double median_of(std::vector<double> values) {

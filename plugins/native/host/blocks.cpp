@@ -64,8 +64,7 @@ void thread_exits(Fiber& fiber) {
     if (all_of_block_wait(block)) {
         release(block.barriers[0].waiting);
     }
-    if (!machine.at_cluster_barrier.empty() &&
-        machine.at_cluster_barrier.size() == machine.threads - machine.exited) {
+    if (!machine.at_cluster_barrier.empty() && machine.at_cluster_barrier.size() == machine.threads - machine.exited) {
         release(machine.at_cluster_barrier);
     }
     if (block.exited == block.threads) {

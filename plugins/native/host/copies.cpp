@@ -262,8 +262,7 @@ void tma_load(void* to, const TensorMap* words, uint64_t* place, int32_t column,
     }
     memset(to, kPoison, bytes);
     std::fill_n(block.brought.begin() + offset / kLine, map.box_rows, false);
-    machine.copies.push_back(
-        {&block, offset, offset_in_shared(block, place, 8, "tma_load"), *words, column, row});
+    machine.copies.push_back({&block, offset, offset_in_shared(block, place, 8, "tma_load"), *words, column, row});
     if (chance(machine.policy.copies)) {
         bring_some_copy();
     }
@@ -296,8 +295,7 @@ void tensor_map_publish(TensorMap* to, const TensorMap* from) {
                 fail("tensor_map_publish: the lanes of the warp name different maps");
             }
         }
-        const uint32_t offset =
-            offset_in_shared(*warp.block, first.from, sizeof(TensorMap), "tensor_map_publish");
+        const uint32_t offset = offset_in_shared(*warp.block, first.from, sizeof(TensorMap), "tensor_map_publish");
         if (offset % 128 != 0 || reinterpret_cast<uintptr_t>(first.to) % 128 != 0) {
             fail("tensor_map_publish: a map is not aligned to 128 bytes");
         }
@@ -337,8 +335,9 @@ int encode_tensor_map(TensorMap& words, int element_bytes, const void* matrix, i
         pitch_bytes % 16 != 0 || pitch_bytes < columns * element_bytes || pitch_bytes >= int64_t{1} << 40) {
         return 1;  // cudaErrorInvalidValue
     }
-    const Map map{kMapMark, static_cast<const char*>(matrix), columns, rows, pitch_bytes, element_bytes, box_columns,
-                  box_rows, 0, {}};
+    const Map map{
+        kMapMark, static_cast<const char*>(matrix), columns, rows, pitch_bytes, element_bytes, box_columns, box_rows, 0,
+        {}};
     memcpy(&words, &map, sizeof(map));
     return 0;
 }

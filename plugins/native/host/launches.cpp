@@ -36,8 +36,8 @@ std::string named(const Fiber& fiber) {
             const Fiber& first = *block->fibers[i];
             uint32_t end = i;
             const auto same = [&](const Fiber& other) {
-                return other.state == first.state && other.waits_for == first.waits_for &&
-                       other.which == first.which && other.detail == first.detail;
+                return other.state == first.state && other.waits_for == first.waits_for && other.which == first.which &&
+                       other.detail == first.detail;
             };
             while (end < block->threads && same(*block->fibers[end])) {
                 ++end;
@@ -277,9 +277,9 @@ int run_fibers(const Shape& shape, void (*thread)(void* arguments), void* argume
     }
     for (const uint64_t number : order) {
         const uint64_t line = number / along_x;
-        run_cluster(shape, dim3(static_cast<unsigned>(number % along_x) * shape.cluster,
-                                static_cast<unsigned>(line % shape.grid.y),
-                                static_cast<unsigned>(line / shape.grid.y)));
+        run_cluster(shape,
+                    dim3(static_cast<unsigned>(number % along_x) * shape.cluster,
+                         static_cast<unsigned>(line % shape.grid.y), static_cast<unsigned>(line / shape.grid.y)));
     }
     return 0;
 }

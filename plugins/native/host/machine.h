@@ -12,10 +12,10 @@
 namespace shuntyard {
 namespace emulated {
 
-constexpr uint32_t kWindow = 1024;           // the first address of dynamic shared memory
-constexpr size_t kMostShared = 227 * 1024;   // bytes of dynamic shared memory of a block
-constexpr uint32_t kLine = 128;              // bytes of a box's row
-constexpr unsigned char kPoison = 0xff;      // NaN in every float format, -1 as an integer
+constexpr uint32_t kWindow = 1024;          // the first address of dynamic shared memory
+constexpr size_t kMostShared = 227 * 1024;  // bytes of dynamic shared memory of a block
+constexpr uint32_t kLine = 128;             // bytes of a box's row
+constexpr unsigned char kPoison = 0xff;     // NaN in every float format, -1 as an integer
 
 struct Block;
 struct Warp;
@@ -25,7 +25,12 @@ struct Operation {
     const char* name;
 };
 
-enum class State { kReady, kRunning, kWaiting, kDone };
+enum class State {
+    kReady,
+    kRunning,
+    kWaiting,
+    kDone
+};
 
 // A thread of the kernel.
 struct Fiber {
@@ -61,11 +66,11 @@ struct Pending {
     float* registers[128];
     const uint32_t* operands[128];  // the left one's, if it is in registers,
     uint32_t given[128][4];         // and what they held
-    std::vector<float> sums;   // [64, columns]
+    std::vector<float> sums;        // [64, columns]
     bool executed = false;
-    int64_t before = -1;       // the number of the product whose sums it goes on with
-    bool superseded = false;   // a later one works on the same registers:
-    uint64_t after = 0;        // its number
+    int64_t before = -1;      // the number of the product whose sums it goes on with
+    bool superseded = false;  // a later one works on the same registers:
+    uint64_t after = 0;       // its number
 };
 
 struct WarpGroup {
@@ -120,7 +125,12 @@ struct Copy {
 
 // Chances, of 64, that something happens at a step of the scheduler.
 struct Policy {
-    enum class Order { kFirst, kRandom, kLast, kPriority } order;
+    enum class Order {
+        kFirst,
+        kRandom,
+        kLast,
+        kPriority
+    } order;
     uint32_t copies, products, yields;
 };
 

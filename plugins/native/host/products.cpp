@@ -331,11 +331,10 @@ void wait_for_products(int pending) {
 void multiply_group(float* d, const Product& product, const uint32_t* operands) {
     Fiber& fiber = self("GroupProduct::multiply", kHopper);
     WarpGroup& group = group_of(*fiber.warp, "GroupProduct::multiply");
-    if (group.arrived > 0 &&
-        (group.product.operand != product.operand || group.product.major != product.major ||
-         group.product.columns != product.columns || group.product.left != product.left ||
-         group.product.right != product.right || group.product.accumulate != product.accumulate ||
-         group.product.in_registers != product.in_registers)) {
+    if (group.arrived > 0 && (group.product.operand != product.operand || group.product.major != product.major ||
+                              group.product.columns != product.columns || group.product.left != product.left ||
+                              group.product.right != product.right || group.product.accumulate != product.accumulate ||
+                              group.product.in_registers != product.in_registers)) {
         fail("GroupProduct::multiply: the threads of its group multiply different matrices");
     }
     group.product = product;

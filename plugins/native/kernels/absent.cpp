@@ -11,7 +11,8 @@ int shuntyard_moe_routing(const float*, float*, int32_t*, int32_t*, int64_t, int
 size_t shuntyard_moe_experts_workspace(int, int, int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 int shuntyard_moe_experts(int, const shuntyard_expert_weights*, const void*, const float*, const int32_t*,
-                          const int32_t*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int, void*, size_t, void*) {
+                          const int32_t*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int, void*, size_t,
+                          void*) {
     return SHUNTYARD_NO_KERNELS;
 }
 

@@ -33,8 +33,7 @@ DirectForm form_of_types(const DirectCall& call) {
         return DirectForm::kNone;
     }
     switch (call.weight_type) {
-        case SHUNTYARD_E4M3:
-            return call.activations == SHUNTYARD_AS_THEY_ARE ? DirectForm::kE4m3 : DirectForm::kCodes;
+        case SHUNTYARD_E4M3: return call.activations == SHUNTYARD_AS_THEY_ARE ? DirectForm::kE4m3 : DirectForm::kCodes;
         case SHUNTYARD_INT4: return DirectForm::kInt4;
         default: return DirectForm::kNone;
     }
@@ -89,9 +88,9 @@ DirectForm direct_form(const DirectCall& call) {
             }
         }
     }
-    for (const void* pointer : {call.x, static_cast<const void*>(call.hidden_rows),
-                                static_cast<const void*>(call.rows), static_cast<const void*>(call.gate_codes),
-                                static_cast<const void*>(call.up_codes), static_cast<const void*>(call.hidden_codes)}) {
+    for (const void* pointer : {call.x, static_cast<const void*>(call.hidden_rows), static_cast<const void*>(call.rows),
+                                static_cast<const void*>(call.gate_codes), static_cast<const void*>(call.up_codes),
+                                static_cast<const void*>(call.hidden_codes)}) {
         if (!on_16_bytes(pointer)) {
             return DirectForm::kNone;
         }

@@ -23,12 +23,12 @@ struct DirectCall {
     const float* scores;
     const int32_t* expert_offsets;
     const int32_t* permutation;
-    void* hidden_rows;        // X [T*K, F]: what gate and up make, and down takes unless rows are codes
-    void* rows;               // X [T*K, H]
-    const E4m3* gate_codes;   // [T*K, H], of the scaled inputs
-    const E4m3* up_codes;     // the same array as gate_codes, or one by scales of its own
-    const E4m3* hidden_codes; // [T*K, F]
-    const float* factors;     // f32 [T*K], of the codes that the product at hand takes; null if scales are given
+    void* hidden_rows;         // X [T*K, F]: what gate and up make, and down takes unless rows are codes
+    void* rows;                // X [T*K, H]
+    const E4m3* gate_codes;    // [T*K, H], of the scaled inputs
+    const E4m3* up_codes;      // the same array as gate_codes, or one by scales of its own
+    const E4m3* hidden_codes;  // [T*K, F]
+    const float* factors;      // f32 [T*K], of the codes that the product at hand takes; null if scales are given
     int64_t all_rows, experts, top_k, hidden, intermediate;
     const ExpertMatrices* matrices;
     void* stream;

@@ -45,7 +45,7 @@ struct DirectFormat {
     // The lane's values of a token, in registers: as many as one load brings, and so many loads.
     static constexpr int kWords = kAlongN ? 2 : 4;
     static constexpr int kLoads = kLane * kTokenBytes / (4 * kWords);
-    static constexpr int kSteps = kWords / 2;  // products that one load is for
+    static constexpr int kSteps = kWords / 2;          // products that one load is for
     static constexpr int kQuads = kAlongN ? 4 : kOwn;  // the lane's loads of weights, of each matrix
     static constexpr int kTables = kCodes ? 3 : kForm == DirectForm::kE4m3 || kInt4 ? 2 : 1;
     // Gate and up may have tokens of their own where these are codes.

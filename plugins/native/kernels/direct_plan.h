@@ -28,7 +28,7 @@ struct DirectTask {
     uint32_t scale_stride;      // scales from one channel's to the next one's
     uint64_t group_reciprocal;  // of a group in lane's loads, times 2^32
     int32_t scale_type, activation_scale_type;
-    bool tokens_differ;         // the two sets
+    bool tokens_differ;  // the two sets
 };
 
 // How a kernel goes about it.

@@ -80,8 +80,8 @@ struct DirectProduct {
             for (int i = 0; i < F::kQuads; ++i) {
                 to.weights[m][i] = Quad{};
                 if (inside) {
-                    to.weights[m][i] = load_once(F::kAlongN ? from.rows[0] + int64_t{i} * task.pitch
-                                                            : from.rows[F::kAlongN ? 0 : i]);
+                    to.weights[m][i] =
+                        load_once(F::kAlongN ? from.rows[0] + int64_t{i} * task.pitch : from.rows[F::kAlongN ? 0 : i]);
                 }
             }
             for (const char*& own : from.rows) {

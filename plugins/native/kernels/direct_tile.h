@@ -79,8 +79,8 @@ __device__ void fill_orphans(X* out, const int32_t* expert_offsets, int32_t expe
     const int32_t orphans = begin + all_rows - end;
     for (int32_t i = 0; i < orphans; ++i) {
         const int64_t row = i < begin ? i : i - begin + end;
-        for (int32_t column = first_column + static_cast<int32_t>(threadIdx.x);
-             column < end_column && column < columns; column += static_cast<int32_t>(blockDim.x)) {
+        for (int32_t column = first_column + static_cast<int32_t>(threadIdx.x); column < end_column && column < columns;
+             column += static_cast<int32_t>(blockDim.x)) {
             out[row * columns + column] = none;
         }
     }

@@ -46,11 +46,10 @@ void place(Experts& call, void* workspace) {
     call.scaled = quantised ? nullptr : start + places.scaled;
     call.hidden = start + places.hidden;
     call.gate_codes = quantised ? reinterpret_cast<E4m3*>(start + places.gate_codes) : nullptr;
-    call.up_codes = call.activations == SHUNTYARD_STATIC ? reinterpret_cast<E4m3*>(start + places.up_codes)
-                                                         : call.gate_codes;
+    call.up_codes =
+        call.activations == SHUNTYARD_STATIC ? reinterpret_cast<E4m3*>(start + places.up_codes) : call.gate_codes;
     call.hidden_codes = quantised ? reinterpret_cast<E4m3*>(start + places.hidden_codes) : nullptr;
-    call.factors =
-        call.activations == SHUNTYARD_DYNAMIC ? reinterpret_cast<float*>(start + places.factors) : nullptr;
+    call.factors = call.activations == SHUNTYARD_DYNAMIC ? reinterpret_cast<float*>(start + places.factors) : nullptr;
     call.maps = call.x_type == SHUNTYARD_FP32 ? nullptr : reinterpret_cast<TensorMap*>(start + places.maps);
 }
 

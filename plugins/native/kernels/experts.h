@@ -1,6 +1,7 @@
 // One call of the experts op, as its families of kernels share it.
 #pragma once
 
+#include "kernels/hopper.h"
 #include "kernels/matrices.h"
 #include "kernels/prepare.h"
 
@@ -31,7 +32,10 @@ struct Experts {
 };
 
 // What becomes of the inputs before the first product.
-enum class Inputs { kScaled, kCodes };
+enum class Inputs {
+    kScaled,
+    kCodes
+};
 
 // One launch: the inputs, gathered, scaled and maybe quantised; rows of no expert are NaN in the result. With maps,
 // descriptors of all weights, too. Chunk: of Preparation.
@@ -46,7 +50,7 @@ int run_plain(const Experts& call);
 bool direct_takes(const Experts& call, int tokens_of_tile);
 int run_direct(const Experts& call, int tokens_of_tile);
 
-bool hopper_takes(const Experts& call);
-int run_hopper(const Experts& call, int rows_of_tile);
+bool hopper_takes(const Experts& call, HopperTile tile);
+int run_hopper(const Experts& call, HopperTile tile);
 
 }  // namespace shuntyard

@@ -119,9 +119,10 @@ int multiply(const Experts& call, HopperTile tile, bool pair, const HopperProduc
 
 }  // namespace
 
-bool hopper_takes(const Experts& call) {
+bool hopper_takes(const Experts& call, HopperTile tile) {
     const Form form = form_of(call);
-    if (call.device.capability != 90 || call.device.code != 90 || form == Form::kNone) {
+    if (call.device.capability != 90 || call.device.code != 90 || form == Form::kNone ||
+        (tile == HopperTile::kWide && form != Form::kCodes)) {
         return false;
     }
     // Whole pitches, and of rows in an order of their own, whole blocks of it.
@@ -141,8 +142,7 @@ bool hopper_takes(const Experts& call) {
     return outputs && aligned_for_tma(call.hidden) && aligned_for_tma(call.maps);
 }
 
-int run_hopper(const Experts& call, int rows_of_tile) {
-    const HopperTile tile = rows_of_tile == 64 ? HopperTile::k64 : HopperTile::k128;
+int run_hopper(const Experts& call, HopperTile tile) {
     const Form form = form_of(call);
     const bool codes = form == Form::kCodes, given = call.activations == SHUNTYARD_STATIC;
     WeightMaps maps{};

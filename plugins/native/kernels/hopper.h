@@ -29,13 +29,17 @@ struct CodeScales {
 
 struct NoScales {};
 
-// How wide tiles are: 128 rows, or 64 and twice the weights.
-enum class HopperTile { k128, k64 };
+// Tiles of 64 or 128 rows; of 128 and twice the columns, where that is not what 128 stands for anyhow.
+enum class HopperTile {
+    k64,
+    k128,
+    kWide
+};
 
 // How rows of codes come and go.
 struct HopperCodes {
-    bool pair;     // gate and up, else down
-    bool given;    // scales are given: gate and up have rows of their own, and what comes out is encoded
+    bool pair;   // gate and up, else down
+    bool given;  // scales are given: gate and up have rows of their own, and what comes out is encoded
 };
 
 int launch_hopper_codes(int x_type, HopperTile tile, HopperCodes codes, const HopperProduct& product,
@@ -55,7 +59,8 @@ struct MixedScales {
     int type;
 };
 
-// Rows of X, in the order of mixed_place, and weights of E4M3 or INT4. What comes out of gate and up is in that order, too.
+// Rows of X, in the order of mixed_place, and weights of E4M3 or INT4. What comes out of gate and up is in that order,
+// too.
 int launch_hopper_mixed_half(HopperTile tile, bool int4, bool pair, const HopperProduct& product,
                              const MixedScales& scales, int multiprocessors, void* stream);
 int launch_hopper_mixed_bfloat(HopperTile tile, bool int4, bool pair, const HopperProduct& product,

@@ -9,21 +9,24 @@ int run(HopperCodes codes, const HopperProduct& product, const CodeScales& scale
     constexpr Operand kOperand = Operand::kE4m3;
     if (!codes.pair) {
         return launch_hopper<HopperConfig<X, kOperand, Major::kK, kRows, kColumns, false>>(product, scales,
-                                                                                          multiprocessors, stream);
+                                                                                           multiprocessors, stream);
     }
     if (codes.given) {
         return launch_hopper<HopperConfig<X, kOperand, Major::kK, kRows, kColumns, true, true>>(
             product, scales, multiprocessors, stream);
     }
     return launch_hopper<HopperConfig<X, kOperand, Major::kK, kRows, kColumns, true>>(product, scales, multiprocessors,
-                                                                                     stream);
+                                                                                      stream);
 }
 
 template <typename X>
-int run(HopperTile tile, HopperCodes codes, const HopperProduct& product, const CodeScales& scales,
-        int multiprocessors, void* stream) {
-    return tile == HopperTile::k128 ? run<X, 128, 128>(codes, product, scales, multiprocessors, stream)
-                                    : run<X, 64, 256>(codes, product, scales, multiprocessors, stream);
+int run(HopperTile tile, HopperCodes codes, const HopperProduct& product, const CodeScales& scales, int multiprocessors,
+        void* stream) {
+    switch (tile) {
+        case HopperTile::k64: return run<X, 64, 256>(codes, product, scales, multiprocessors, stream);
+        case HopperTile::k128: return run<X, 128, 128>(codes, product, scales, multiprocessors, stream);
+        default: return run<X, 128, 256>(codes, product, scales, multiprocessors, stream);
+    }
 }
 
 }  // namespace

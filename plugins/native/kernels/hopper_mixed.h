@@ -1,12 +1,12 @@
-// Products of 16-bit rows with weights of E4M3 or INT4 on Hopper: weights are made 16-bit on their way from shared memory
-// to the tensor cores. See hopper_product.h for tiles, rings and how blocks work.
+// Products of 16-bit rows with weights of E4M3 or INT4 on Hopper: weights are made 16-bit on their way from shared
+// memory to the tensor cores. See hopper_product.h for tiles, rings and how blocks work.
 //
 // wgmma takes its left operand from registers, so here weights stand on the left, 64 channels for each warp group, and
 // rows of a tile on the right: d [channels, rows]. A warp group has two such products: gate and up, or two times 64
 // channels of down. A stage holds 128 bytes of every channel's weights, and the numbers of rows that go with them.
 //
-// A thread takes 16 bytes of a channel's weights at a time, and of each product the four numbers that come next in them.
-// So the rows' numbers lie in an order of their own (mixed_place), which prepare and the first product write.
+// A thread takes 16 bytes of a channel's weights at a time, and of each product the four numbers that come next in
+// them. So the rows' numbers lie in an order of their own (mixed_place), which prepare and the first product write.
 #pragma once
 
 #include "kernels/direct_form.h"
@@ -135,7 +135,7 @@ __device__ inline void mixed_multiply(const char* stage, const MixedThread<C>& t
         if (i % kOfChunk == 0) {
             mixed_load<C>(weights, stage, thread, i / kOfChunk);
         }
-        uint32_t(&own)[2][4] = a[i % 2];
+        uint32_t (&own)[2][4] = a[i % 2];
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
             mixed_operand<C, kExact>(own[p], weights, factors, p, i / kOfChunk, i % kOfChunk);
@@ -188,8 +188,8 @@ __device__ inline void mixed_sum(const HopperProduct& product, const MixedScales
     }
 }
 
-// Stores a value of channel g for row l = 0, and one for l = 1. Threads of neighbouring channels exchange: each then has
-// two neighbouring values of one row.
+// Stores a value of channel g for row l = 0, and one for l = 1. Threads of neighbouring channels exchange: each then
+// has two neighbouring values of one row.
 template <class C>
 __device__ inline void mixed_store(const HopperProduct& product, const HopperTilePlace& place,
                                    const MixedThread<C>& thread, int32_t channel, int32_t row, float first,

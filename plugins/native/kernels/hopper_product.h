@@ -1,20 +1,21 @@
-// A product over all experts on Hopper: tiles of rows and weights come by TMA, warp groups multiply them, blocks stay and
-// take tile after tile.
+// A product over all experts on Hopper: tiles of rows and weights come by TMA, warp groups multiply them, blocks stay
+// and take tile after tile.
 //
 // A block is three warp groups. One thread of the first keeps a ring of stages filled: a stage holds one K block, 128
 // bytes of every row of a tile, as boxes of 64 rows by 128 bytes. The other two warp groups multiply what has arrived
 // and give the stage back. How they share a tile, and how wide it is, follows from the number of rows:
 //
 //   rows  columns  each warp group  for
-//   128   128      64 rows          E4M3 codes: every 128 of K, sums move on to fp32 registers, which takes two of each
-//   128   256      64 rows          16-bit operands, whose sums stay where they are
 //   64    256      128 columns      few rows an expert: more weights on their way, less multiplied in vain
+//   128   128      64 rows          E4M3 codes
+//   128   256      64 rows          the same with more rows, and 16-bit operands: least traffic from L2
 //
 // For gate and up, boxes of 64 columns of gate and of up take turns: a thread then holds both parts of a hidden value,
 // and SwiGLU needs no exchange.
 //
-// Why sums move on: Hopper's units keep about 14 bits while they add up products of FP8 (DeepSeek-V3, arXiv 2412.19437,
-// section 3.3.2).
+// Sums of E4M3 products move on to fp32 registers every 128 of K, since Hopper's units keep about 14 bits while they
+// add up products of FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). They are made 128 columns at a time for that,
+// so that no more registers than these are needed twice.
 #pragma once
 
 #include "kernels/hopper.h"
@@ -27,7 +28,7 @@ constexpr uint32_t kBoxBytes = kBoxRows * 128;
 constexpr uint32_t kGroupThreads = 128;
 constexpr uint32_t kHopperThreads = 3 * kGroupThreads;
 constexpr uint32_t kStageSpace = 200 * 1024;  // of the 227 KiB that a block may have
-constexpr uint32_t kTallest = 16;              // tiles of rows that go through all columns together, and stay in L2
+constexpr uint32_t kTallest = 16;             // tiles of rows that go through all columns together, and stay in L2
 
 template <typename X_, Operand kOperand_, Major kMajor_, int kRows_, int kColumns_, bool kPair_, bool kGiven_ = false>
 struct HopperConfig {
@@ -47,12 +48,13 @@ struct HopperConfig {
     static constexpr int kColumnBoxes = kColumns / kBoxRows;
     static constexpr uint32_t kStageBytes = (kRowBoxes * (kMoreRows ? 2 : 1) + kColumnBoxes) * kBoxBytes;
     static constexpr uint32_t kStages = kStageSpace / kStageBytes;
-    static constexpr size_t kScaleSpace = kCodes ? 2 * kGroupThreads * sizeof(float) : 0;  // one column a thread
-    static constexpr size_t kShared = kStages * (kStageBytes + 2 * sizeof(uint64_t)) + kScaleSpace;
 
     static constexpr bool kShareRows = kRows == 128;  // warp groups split the rows, else the columns
     static constexpr int kGroupColumns = kShareRows ? kColumns : kColumns / 2;
-    static constexpr int kSums = kGroupColumns / 2;  // of a thread
+    static constexpr int kSums = kGroupColumns / 2;               // of a thread
+    static constexpr int kAtOnce = kCodes ? 128 : kGroupColumns;  // columns of a product
+    static constexpr size_t kScaleSpace = kCodes ? 2 * kGroupColumns * sizeof(float) : 0;
+    static constexpr size_t kShared = kStages * (kStageBytes + 2 * sizeof(uint64_t)) + kScaleSpace;
     static constexpr int kOutColumns = kPair ? kColumns / 2 : kColumns;
 };
 
@@ -171,11 +173,13 @@ __device__ inline void hopper_fill(const HopperProduct& product) {
     }
 }
 
-// Multiplies one stage: sums = or += rows * columns, as one group of products.
+// Multiplies kAtOnce columns of a stage, from column `first` of the warp group's on: sums = or += rows * columns, as
+// one group of products.
 template <class C>
-__device__ inline void hopper_multiply(const char* stage, int group, float (&sums)[C::kSums], bool accumulate) {
+__device__ inline void hopper_multiply(const char* stage, int group, int first, float (&sums)[C::kAtOnce / 2],
+                                       bool accumulate) {
     const char* const rows = stage + (C::kShareRows ? group * kBoxBytes : 0);
-    const char* const columns = stage + C::kStageBytes - C::kColumnBoxes * kBoxBytes +
+    const char* const columns = stage + C::kStageBytes - C::kColumnBoxes * kBoxBytes + first / kBoxRows * kBoxBytes +
                                 (C::kShareRows ? 0 : group * (C::kColumnBoxes / 2) * kBoxBytes);
     for (float& sum : sums) {
         keep(sum);
@@ -186,7 +190,7 @@ __device__ inline void hopper_multiply(const char* stage, int group, float (&sum
         const uint64_t left = descriptor(rows + step * 32, 16, 1024);
         if constexpr (C::kMoreRows) {
             // Gate and up have rows of their own, so each half of the columns is a product of its own.
-            static_assert(C::kGroupColumns == 128, "a box of gate and one of up");
+            static_assert(C::kAtOnce == 128, "a box of gate and one of up");
             const uint64_t up_left = descriptor(rows + C::kRowBoxes * kBoxBytes + step * 32, 16, 1024);
             GroupProduct<C::kOperand, C::kMajor, 64>::multiply(sums, left, descriptor(columns + step * 32, 16, 1024),
                                                                add);
@@ -195,7 +199,7 @@ __device__ inline void hopper_multiply(const char* stage, int group, float (&sum
         } else {
             const uint64_t right = C::kMajor == Major::kK ? descriptor(columns + step * 32, 16, 1024)
                                                           : descriptor(columns + step * 2048, kBoxBytes, 1024);
-            GroupProduct<C::kOperand, C::kMajor, C::kGroupColumns>::multiply(sums, left, right, add);
+            GroupProduct<C::kOperand, C::kMajor, C::kAtOnce>::multiply(sums, left, right, add);
         }
     }
     products_commit();
@@ -212,16 +216,19 @@ __device__ inline void hopper_sum(const HopperProduct& product, HopperRing<C>& r
             sum = 0;
         }
         for (int32_t k = 0; k < inner; k += C::kBlock) {
-            float fresh[C::kSums];
             barrier_wait(&ring.full[ring.stage], ring.parity);
-            hopper_multiply<C>(ring.current(), group, fresh, false);
-            products_wait<0>();
-            if (speaks) {
-                barrier_arrive(&ring.empty[ring.stage]);
-            }
-            for (int i = 0; i < C::kSums; ++i) {
-                keep(fresh[i]);
-                sums[i] += fresh[i];
+#pragma unroll
+            for (int first = 0; first < C::kGroupColumns; first += C::kAtOnce) {
+                float fresh[C::kAtOnce / 2];
+                hopper_multiply<C>(ring.current(), group, first, fresh, false);
+                products_wait<0>();
+                if (speaks && first + C::kAtOnce == C::kGroupColumns) {
+                    barrier_arrive(&ring.empty[ring.stage]);
+                }
+                for (int i = 0; i < C::kAtOnce / 2; ++i) {
+                    keep(fresh[i]);
+                    sums[first / 2 + i] += fresh[i];
+                }
             }
             ring.next();
         }
@@ -229,7 +236,7 @@ __device__ inline void hopper_sum(const HopperProduct& product, HopperRing<C>& r
         uint64_t* last = nullptr;
         for (int32_t k = 0; k < inner; k += C::kBlock) {
             barrier_wait(&ring.full[ring.stage], ring.parity);
-            hopper_multiply<C>(ring.current(), group, sums, k > 0);
+            hopper_multiply<C>(ring.current(), group, 0, sums, k > 0);
             products_wait<1>();  // the stage before this one has been read
             if (speaks && last != nullptr) {
                 barrier_arrive(last);
@@ -251,7 +258,7 @@ __device__ inline void hopper_sum(const HopperProduct& product, HopperRing<C>& r
 template <class C>
 __device__ inline float* hopper_scales(int group) {
     HopperRing<C> ring;
-    return reinterpret_cast<float*>(ring.empty + C::kStages) + group * kGroupThreads;
+    return reinterpret_cast<float*>(ring.empty + C::kStages) + group * C::kGroupColumns;
 }
 
 // Brings them there while the tile's products are still to come.
@@ -259,18 +266,22 @@ template <class C>
 __device__ inline void hopper_bring_scales(const HopperProduct& product, const typename C::Scales& scales,
                                            const HopperTilePlace& place, int group) {
     if constexpr (C::kCodes) {
-        static_assert(C::kGroupColumns == kGroupThreads, "one column a thread");
-        const int thread = static_cast<int>(threadIdx.x % kGroupThreads);
         constexpr int kParts = C::kPair ? 2 : 1;
-        const int part = C::kPair ? thread / kBoxRows : 0;
-        const int32_t column = place.column + (C::kShareRows ? 0 : group * C::kGroupColumns / kParts) +
-                               (C::kPair ? thread % kBoxRows : thread);
-        float scale = 0.0f;
-        if (column < product.columns) {
-            scale = scale_at(scales.weights[part][place.expert], scales.weight_type, column * scales.stride);
+        constexpr int kOwn = C::kGroupColumns / kGroupThreads;  // columns of a thread
+        const int thread = static_cast<int>(threadIdx.x % kGroupThreads);
+        float own[kOwn];
+        for (int i = 0; i < kOwn; ++i) {
+            const int box = (i * static_cast<int>(kGroupThreads) + thread) / kBoxRows;
+            const int32_t column = place.column + (C::kShareRows ? 0 : group * C::kGroupColumns / kParts) +
+                                   box / kParts * kBoxRows + thread % kBoxRows;
+            own[i] = column < product.columns ? scale_at(scales.weights[box % kParts][place.expert], scales.weight_type,
+                                                         column * scales.stride)
+                                              : 0.0f;
         }
         sync_some(1 + group, kGroupThreads);  // the last tile's have been read
-        hopper_scales<C>(group)[thread] = scale;
+        for (int i = 0; i < kOwn; ++i) {
+            hopper_scales<C>(group)[i * kGroupThreads + thread] = own[i];
+        }
     }
 }
 

@@ -47,8 +47,8 @@ int launch_shaped(Kernel* kernel, const Shape& shape, void* stream, Arguments& a
                   std::index_sequence<Index...>) {
     const void* function = reinterpret_cast<const void*>(kernel);
     if (shape.shared > 48 * 1024) {
-        const int status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(shape.shared));
+        const int status =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
         if (status != cudaSuccess) {
             return status;
         }
@@ -111,7 +111,9 @@ namespace shuntyard {
 
 constexpr unsigned kBlock = 128;  // threads of a block, in every launch
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+    return (value + divisor - 1) / divisor;
+}
 
 constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 

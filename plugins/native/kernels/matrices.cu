@@ -54,8 +54,7 @@ bool valid_activations(const shuntyard_expert_weights& weights) {
     switch (weights.activations) {
         case SHUNTYARD_AS_THEY_ARE: return true;
         case SHUNTYARD_DYNAMIC: return weights.type == SHUNTYARD_E4M3;
-        case SHUNTYARD_STATIC:
-            return weights.type == SHUNTYARD_E4M3 && valid_type(weights.activation_scale_type);
+        case SHUNTYARD_STATIC: return weights.type == SHUNTYARD_E4M3 && valid_type(weights.activation_scale_type);
         default: return false;
     }
 }

@@ -104,8 +104,7 @@ __device__ inline float block_max(float value) {
 }
 
 template <typename X>
-__device__ void prepare_row(const Preparation& task, const GivenScales& first, const GivenScales& second,
-                            bool wide) {
+__device__ void prepare_row(const Preparation& task, const GivenScales& first, const GivenScales& second, bool wide) {
     const int64_t row = blockIdx.x;
     const Tile tile = tile_of(row, task.expert_offsets, task.experts, task.all_rows);
     if (tile.orphan && task.orphans != nullptr) {

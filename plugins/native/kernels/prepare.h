@@ -26,11 +26,11 @@ struct Preparation {
     const float* scores;         // null without a permutation
     const int32_t* permutation;  // null: row i is row i
     const int32_t* expert_offsets;
-    void* scaled;        // X [T*K, width], or null
-    E4m3* codes;         // [T*K, width], or null
-    E4m3* more_codes;    // [T*K, width], by the second scales, or null
-    float* factors;      // f32 [T*K]: every row makes its own; null: scales are given
-    void* orphans;       // X [T*K, orphan_width]: rows of no expert become NaN there; or null
+    void* scaled;      // X [T*K, width], or null
+    E4m3* codes;       // [T*K, width], or null
+    E4m3* more_codes;  // [T*K, width], by the second scales, or null
+    float* factors;    // f32 [T*K]: every row makes its own; null: scales are given
+    void* orphans;     // X [T*K, orphan_width]: rows of no expert become NaN there; or null
     int64_t all_rows, top_k, width, orphan_width;
     int32_t experts;
     int chunk;  // scaled rows lie as mixed_place says for such chunks; 0: in order

@@ -21,10 +21,17 @@ struct alignas(16) Quad {
 };
 
 // What tensor cores multiply.
-enum class Operand { kHalf, kBfloat, kE4m3 };
+enum class Operand {
+    kHalf,
+    kBfloat,
+    kE4m3
+};
 
 // How a 16-bit matrix of weights lies in memory: along K as [out, in], or along N as [in, out].
-enum class Major { kK, kN };
+enum class Major {
+    kK,
+    kN
+};
 
 }  // namespace shuntyard
 
@@ -165,18 +172,20 @@ template <Operand kOperand>
 __device__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-#define SHUNTYARD_MMA(kind, shape, types)                                                                            \
-    template <>                                                                                                      \
-    __device__ inline void multiply<Operand::kind>(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {  \
-        asm volatile("mma.sync.aligned." shape ".row.col.f32." types                                                 \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                \
+#define SHUNTYARD_MMA(kind, shape, types)                                                                             \
+    template <>                                                                                                       \
+    __device__ inline void multiply<Operand::kind>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+        asm volatile("mma.sync.aligned." shape ".row.col.f32." types                                                  \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                 \
     }
 #else  // older than all of them: never launched there
-#define SHUNTYARD_MMA(kind, shape, types)                                                                           \
-    template <>                                                                                                     \
-    __device__ inline void multiply<Operand::kind>(float(&)[4], const uint32_t(&)[4], uint32_t, uint32_t) { __trap(); }
+#define SHUNTYARD_MMA(kind, shape, types)                                                                     \
+    template <>                                                                                               \
+    __device__ inline void multiply<Operand::kind>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t) { \
+        __trap();                                                                                             \
+    }
 #endif
 SHUNTYARD_MMA(kHalf, "m16n8k16", "f16.f16")
 SHUNTYARD_MMA(kBfloat, "m16n8k16", "bf16.bf16")
@@ -248,8 +257,8 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 __device__ inline void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int32_t column, int32_t row) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
         : "memory");
 }
@@ -262,8 +271,8 @@ __device__ inline void tensor_map_point(TensorMap* map, const void* matrix) {
 // A whole warp: a map from shared to global memory, so that a later kernel may copy by it once it has acquired it.
 __device__ inline void tensor_map_publish(TensorMap* to, const TensorMap* from) {
     asm volatile(
-        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;"
-        ::"l"(to),
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(
+            to),
         "r"(shared_address(from))
         : "memory");
 }
@@ -298,7 +307,7 @@ __device__ inline void products_wait() {
 __device__ inline void keep(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 
 __device__ inline void keep_operands(const uint32_t (&a)[2][4]) {
-    for (const uint32_t(&own)[4] : a) {
+    for (const uint32_t (&own)[4] : a) {
         asm volatile("" ::"r"(own[0]), "r"(own[1]), "r"(own[2]), "r"(own[3]) : "memory");
     }
 }

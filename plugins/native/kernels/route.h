@@ -14,8 +14,8 @@ namespace shuntyard {
 
 constexpr int64_t kMostExperts = 512;
 constexpr uint32_t kMostThreads = 1024;
-constexpr size_t kSharedSpace = 96 * 1024;    // every device that has clusters or FP8 gives a block that much
-constexpr int64_t kLogitsOfBlock = 8192;      // for fewer, one more block is not worth its part in barriers
+constexpr size_t kSharedSpace = 96 * 1024;  // every device that has clusters or FP8 gives a block that much
+constexpr int64_t kLogitsOfBlock = 8192;    // for fewer, one more block is not worth its part in barriers
 
 // What a token chose.
 struct alignas(8) Slot {

@@ -149,8 +149,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksOfMultiprocessor)
     const int32_t all_rows = static_cast<int32_t>(task.all_rows), threads = static_cast<int32_t>(blockDim.x);
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
     const int64_t first_slot = first_token(task, blockIdx.x) * task.top_k;
-    const uint32_t slots =
-        static_cast<uint32_t>(first_token(task, int64_t{blockIdx.x} + 1) * task.top_k - first_slot);
+    const uint32_t slots = static_cast<uint32_t>(first_token(task, int64_t{blockIdx.x} + 1) * task.top_k - first_slot);
     for (uint32_t slot = threadIdx.x; slot < slots; slot += blockDim.x) {
         row_of[slot] = -1;
     }
@@ -256,7 +255,7 @@ int shuntyard_moe_scatter_add(int type, const void* base, const void* rows, cons
     if (tokens == 0) {
         return SHUNTYARD_OK;
     }
-    const Addition task{base,   rows,  permutation,    static_cast<int32_t*>(workspace), out, tokens,
+    const Addition task{base,  rows,           permutation, static_cast<int32_t*>(workspace), out, tokens,
                         top_k, tokens * top_k, hidden};
     switch (type) {
         case SHUNTYARD_FP32: return run<float>(task, stream);

@@ -15,11 +15,14 @@ constexpr int64_t kAny = INT64_MAX;
 //
 // Worked out, not yet measured. Decoding reads each expert's weights once, so what counts is how many bytes are on
 // their way: `direct` cuts weights finely enough for all multiprocessors even where one expert is all there is. From
-// some rows on there are tiles enough for everyone, and TMA keeps 200 KiB a multiprocessor on their way; 64 rows a tile
-// multiply fewer in vain, 128 read each weight half as often. bench/moe_kernels.py times every tactic.
+// some rows on there are tiles enough for everyone, and TMA keeps 192 KiB a multiprocessor on their way; 64 rows a tile
+// multiply fewer in vain, 128 read each weight half as often. Where products are the limit, wide tiles take 48 bytes a
+// clock from L2 where the others take 64, of perhaps 40 that there are. bench/moe_kernels.py times every tactic.
 constexpr Line kTable[] = {
     {8, kAny, SHUNTYARD_DIRECT_8},
     {kAny, 80, SHUNTYARD_HOPPER_64},
+    {kAny, 160, SHUNTYARD_HOPPER_128},
+    {kAny, kAny, SHUNTYARD_HOPPER_WIDE},
     {kAny, kAny, SHUNTYARD_HOPPER_128},
     // Where Hopper's kernels are none:
     {kAny, 8, SHUNTYARD_DIRECT_8},
@@ -33,20 +36,27 @@ constexpr Line kTable[] = {
 
 struct Tactic {
     const char* name;
-    enum { kTable, kPlain, kDirect, kHopper } family;
-    int tile;
+    enum {
+        kTable,
+        kPlain,
+        kDirect,
+        kHopper
+    } family;
+    int tokens;       // of a tile, direct
+    HopperTile tile;  // hopper
 };
 
 // By their numbers.
 constexpr Tactic kTactics[] = {
-    {"by shape", Tactic::kTable, 0},
-    {"plain", Tactic::kPlain, 0},
-    {"direct, 8 tokens a tile", Tactic::kDirect, 8},
-    {"direct, 16 tokens a tile", Tactic::kDirect, 16},
-    {"direct, 32 tokens a tile", Tactic::kDirect, 32},
-    {"direct, 64 tokens a tile", Tactic::kDirect, 64},
-    {"hopper, 64 rows a tile", Tactic::kHopper, 64},
-    {"hopper, 128 rows a tile", Tactic::kHopper, 128},
+    {"by shape", Tactic::kTable, 0, {}},
+    {"plain", Tactic::kPlain, 0, {}},
+    {"direct, 8 tokens a tile", Tactic::kDirect, 8, {}},
+    {"direct, 16 tokens a tile", Tactic::kDirect, 16, {}},
+    {"direct, 32 tokens a tile", Tactic::kDirect, 32, {}},
+    {"direct, 64 tokens a tile", Tactic::kDirect, 64, {}},
+    {"hopper, 64 rows a tile", Tactic::kHopper, 0, HopperTile::k64},
+    {"hopper, 128 rows a tile", Tactic::kHopper, 0, HopperTile::k128},
+    {"hopper, 128 rows a wide tile", Tactic::kHopper, 0, HopperTile::kWide},
 };
 static_assert(sizeof(kTactics) / sizeof(Tactic) == SHUNTYARD_LAST_TACTIC + 1, "one line for each number");
 
@@ -55,8 +65,8 @@ static_assert(sizeof(kTactics) / sizeof(Tactic) == SHUNTYARD_LAST_TACTIC + 1, "o
 bool takes(const Experts& call, int tactic) {
     switch (kTactics[tactic].family) {
         case Tactic::kPlain: return true;
-        case Tactic::kDirect: return direct_takes(call, kTactics[tactic].tile);
-        case Tactic::kHopper: return hopper_takes(call);
+        case Tactic::kDirect: return direct_takes(call, kTactics[tactic].tokens);
+        case Tactic::kHopper: return hopper_takes(call, kTactics[tactic].tile);
         default: return false;
     }
 }
@@ -76,7 +86,7 @@ int run(const Experts& call, int tactic) {
         return SHUNTYARD_UNSUPPORTED_TACTIC;
     }
     switch (kTactics[tactic].family) {
-        case Tactic::kDirect: return run_direct(call, kTactics[tactic].tile);
+        case Tactic::kDirect: return run_direct(call, kTactics[tactic].tokens);
         case Tactic::kHopper: return run_hopper(call, kTactics[tactic].tile);
         default: return run_plain(call);
     }

@@ -50,9 +50,9 @@ int encode_tensor_map(TensorMap& map, int element_bytes, const void* matrix, int
     const cuuint32_t steps[] = {1, 1};
     const CUtensorMapDataType type =
         element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
-    const CUresult status = encode(&made, type, 2, const_cast<void*>(matrix), extents, pitches, box, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status =
+        encode(&made, type, 2, const_cast<void*>(matrix), extents, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     memcpy(&map, &made, sizeof(map));
     return status;  // the driver's numbers are the runtime's
 }

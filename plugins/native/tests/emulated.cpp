@@ -59,8 +59,7 @@ __global__ void multiply_blocks(SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
                     if (kMajor == Major::kK) {
                         tma_load(place + kBytesA, &b, &full[stage], k, 0);
                     } else {
-                        tma_load(place + kBytesA + box * 64 * 128, &b, &full[stage], static_cast<int32_t>(64 * box),
-                                 k);
+                        tma_load(place + kBytesA + box * 64 * 128, &b, &full[stage], static_cast<int32_t>(64 * box), k);
                     }
                 }
             }
@@ -83,9 +82,8 @@ __global__ void multiply_blocks(SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
         products_begin();
         for (int step = 0; step < 4; ++step) {
             const uint64_t left = descriptor(place + 32 * step, 16, 1024);
-            const uint64_t right = kMajor == Major::kK
-                                       ? descriptor(place + kBytesA + 32 * step, 16, 1024)
-                                       : descriptor(place + kBytesA + 2048 * step, 64 * 128, 1024);
+            const uint64_t right = kMajor == Major::kK ? descriptor(place + kBytesA + 32 * step, 16, 1024)
+                                                       : descriptor(place + kBytesA + 2048 * step, 64 * 128, 1024);
             GroupProduct<kOperand, kMajor, kColumns>::multiply(sums, left, right, true);
         }
         products_commit();
@@ -231,8 +229,7 @@ SHUNTYARD_API int test_register_product(int operand, int columns, const uint32_t
 SHUNTYARD_API int test_tma_load(int element_bytes, const void* matrix, int64_t columns, int64_t rows, int64_t pitch,
                                 int box_rows, int32_t column, int32_t row, char* out) {
     TensorMap map;
-    SHUNTYARD_TRY(
-        encode_tensor_map(map, element_bytes, matrix, columns, rows, pitch, 128 / element_bytes, box_rows));
+    SHUNTYARD_TRY(encode_tensor_map(map, element_bytes, matrix, columns, rows, pitch, 128 / element_bytes, box_rows));
     Shape shape{dim3(1), dim3(32)};
     shape.shared = box_rows * 128 + sizeof(uint64_t);
     return launch(copy_box, shape, nullptr, map, column, row, box_rows * 128, out);

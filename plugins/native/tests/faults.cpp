@@ -61,14 +61,47 @@ enum Fault {
     kFaults
 };
 
-const char* const kNames[] = {
-    "none", "no sync_block", "no sync_block before reuse", "no sync_warp", "lane leaves", "lanes part",
-    "part of a warp", "counts differ", "barriers cross", "outside shared", "unaligned", "unaligned pair",
-    "block leaves", "no sync_cluster", "never initialised", "overwritten", "one arrival more", "one arrival less",
-    "no fence", "fewer bytes", "more bytes", "box offset", "early read", "early refill", "released early", "not waited",
-    "not committed", "committed twice", "not begun", "touched", "partly shared", "registers gone", "not brought",
-    "operands written", "operands not begun", "copy left", "no acquire", "acquired by another", "not published",
-    "map on stack", "none given"};
+const char* const kNames[] = {"none",
+                              "no sync_block",
+                              "no sync_block before reuse",
+                              "no sync_warp",
+                              "lane leaves",
+                              "lanes part",
+                              "part of a warp",
+                              "counts differ",
+                              "barriers cross",
+                              "outside shared",
+                              "unaligned",
+                              "unaligned pair",
+                              "block leaves",
+                              "no sync_cluster",
+                              "never initialised",
+                              "overwritten",
+                              "one arrival more",
+                              "one arrival less",
+                              "no fence",
+                              "fewer bytes",
+                              "more bytes",
+                              "box offset",
+                              "early read",
+                              "early refill",
+                              "released early",
+                              "not waited",
+                              "not committed",
+                              "committed twice",
+                              "not begun",
+                              "touched",
+                              "partly shared",
+                              "registers gone",
+                              "not brought",
+                              "operands written",
+                              "operands not begun",
+                              "copy left",
+                              "no acquire",
+                              "acquired by another",
+                              "not published",
+                              "map on stack",
+                              "none given"};
 static_assert(sizeof(kNames) / sizeof(*kNames) == kFaults, "a name for each");
 
 // Two warps exchange numbers, twice over the same place.
@@ -202,10 +235,9 @@ __global__ void ring(int fault, SHUNTYARD_TABLE(TensorMap) a, SHUNTYARD_TABLE(Te
             const uint32_t stage = block % 2;
             char* const place = stages + stage * kStage + (fault == kBoxOffset ? 128 : 0);
             barrier_wait(&empty[stage], (block / 2 & 1) ^ (fault == kEarlyRefill ? 0 : 1));
-            barrier_arrive_expecting(&full[stage],
-                                     fault == kFewerBytes || fault == kNotBrought ? kBox
-                                     : fault == kMoreBytes                        ? kStage + 1
-                                                                                  : kStage);
+            barrier_arrive_expecting(&full[stage], fault == kFewerBytes || fault == kNotBrought ? kBox
+                                                   : fault == kMoreBytes                        ? kStage + 1
+                                                                                                : kStage);
             tma_load(place, &a, &full[stage], static_cast<int32_t>(128 * block), 0);
             if (fault != kNotBrought) {
                 tma_load(place + kBox, &b, &full[stage], static_cast<int32_t>(128 * block), 0);
@@ -268,7 +300,7 @@ __global__ void from_registers(int fault, SHUNTYARD_TABLE(TensorMap) b, float* o
     float sums[32];
     uint32_t a[2][4];
     for (int i = 0; i < 2; ++i) {
-        uint32_t(&own)[4] = a[fault == kOperandsWritten ? 0 : i];
+        uint32_t (&own)[4] = a[fault == kOperandsWritten ? 0 : i];
         for (uint32_t& word : own) {
             word = i == 0 ? 0x3c003c00u : 0x40004000u;
         }
