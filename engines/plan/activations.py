@@ -75,7 +75,11 @@ def live_sets(config: Llama4Config, call: Call) -> Iterator[LiveSet]:
 def workspace(tokens: int, top_k: int, hidden: int, intermediate: int) -> int:
     """``shuntyard_moe_experts_workspace`` for the compute type (``plugins/native/kernels/experts.cu``), in bytes."""
     rows = tokens * top_k * COMPUTE
-    return _aligned(rows * hidden) + _aligned(rows * intermediate)
+    return _aligned(rows * hidden) + _aligned(rows * intermediate) + _DESCRIPTORS
+
+
+_DESCRIPTORS = 3 * 512 * 128
+"""By which Hopper copies weights: of 128 bytes, three for each expert, room for the most experts."""
 
 
 def _aligned(nbytes: int) -> int:
@@ -154,7 +158,7 @@ def _moe_stages(config: Llama4Config, call: Call, tokens: int, normed: Term) -> 
     wide = Term("normalised, fp32", "4TH", tokens * hidden * 4)
     logits = Term("router logits", "4TE", tokens * config.num_local_experts * 4)
     yield "routing", [normed, wide, logits]
-    scratch = Term("workspace", "2TK(H + F)", workspace(tokens, top_k, hidden, expert))
+    scratch = Term("workspace", "2TK(H + F) + 192 KiB", workspace(tokens, top_k, hidden, expert))
     yield "routed experts", [normed, rows, routes, scratch]
     width = tokens * expert // call.gpus * COMPUTE
     yield "shared expert", [normed, rows, routes, Term("gate, up, product", "6TF", 3 * width)]
