@@ -247,6 +247,8 @@ void maybe_yield() {
 
 using namespace emulated;
 
+bool has_clusters_of(unsigned blocks) { return blocks <= emulated::largest_cluster; }
+
 int current_device(Device& device) {
     device = given_device;
     return 0;

@@ -58,10 +58,16 @@ struct Device {
     int code = 90;
 };
 
-inline void forget_error() {}
-
 // The device that is emulated; tests set it (emulator.cpp, test_device).
 int current_device(Device& device);
+
+// Whether the emulated device has clusters so large.
+bool has_clusters_of(unsigned blocks);
+
+template <typename... Parameters>
+bool cluster_fits(void (*)(Parameters...), const Shape& shape) {
+    return has_clusters_of(shape.cluster);
+}
 
 // Runs `thread` for every thread of the launch, each as a fiber with threadIdx and blockIdx of its own. 0, or the
 // error number that CUDA gives a launch that cannot be. Aborts, and says why, where the threads wait for each other

@@ -42,36 +42,49 @@ struct Shape {
     size_t shared = 0;     // bytes of dynamic shared memory
 };
 
+// A shape as the runtime takes it; the kernel is told what it will get.
+class Configuration {
+  public:
+    Configuration(const void* function, const Shape& shape, void* stream) {
+        if (shape.shared > 48 * 1024) {
+            status_ = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shape.shared));
+        }
+        if (status_ == cudaSuccess && shape.cluster > 8) {
+            status_ = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        }
+        cluster_.id = cudaLaunchAttributeClusterDimension;
+        cluster_.val.clusterDim.x = shape.cluster;
+        cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
+        config_.gridDim = shape.grid;
+        config_.blockDim = shape.block;
+        config_.dynamicSmemBytes = shape.shared;
+        config_.stream = static_cast<cudaStream_t>(stream);
+        config_.attrs = &cluster_;
+        config_.numAttrs = shape.cluster > 1 ? 1 : 0;
+    }
+    Configuration(const Configuration&) = delete;
+    Configuration& operator=(const Configuration&) = delete;
+
+    int status() const { return status_; }
+    const cudaLaunchConfig_t* get() const { return &config_; }
+
+  private:
+    int status_ = cudaSuccess;
+    cudaLaunchAttribute cluster_{};
+    cudaLaunchConfig_t config_{};
+};
+
 template <typename Kernel, typename Arguments, size_t... Index>
 int launch_shaped(Kernel* kernel, const Shape& shape, void* stream, Arguments& arguments,
                   std::index_sequence<Index...>) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    if (shape.shared > 48 * 1024) {
-        const int status =
-            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
-        if (status != cudaSuccess) {
-            return status;
-        }
+    const Configuration configuration(function, shape, stream);
+    if (configuration.status() != cudaSuccess) {
+        return configuration.status();
     }
-    if (shape.cluster > 8) {
-        const int status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-        if (status != cudaSuccess) {
-            return status;
-        }
-    }
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = shape.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = shape.grid;
-    config.blockDim = shape.block;
-    config.dynamicSmemBytes = shape.shared;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &cluster;
-    config.numAttrs = shape.cluster > 1 ? 1 : 0;
     void* addresses[] = {&std::get<Index>(arguments)...};
-    return cudaLaunchKernelExC(&config, function, addresses);
+    return cudaLaunchKernelExC(configuration.get(), function, addresses);
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -80,8 +93,20 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Argu
     return launch_shaped(kernel, shape, stream, packed, std::index_sequence_for<Parameters...>{});
 }
 
-// After a launch that was refused and that something else has taken the place of: nobody is to find its error later.
-inline void forget_error() { cudaGetLastError(); }
+// Whether the current device has room for a cluster of this shape. Asks without a launch, so a graph that is being
+// captured stays as it is; leaves no error behind.
+template <typename... Parameters>
+bool cluster_fits(void (*kernel)(Parameters...), const Shape& shape) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    const Configuration configuration(function, shape, nullptr);
+    int clusters = 0;
+    if (configuration.status() == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, function, configuration.get()) == cudaSuccess) {
+        return clusters > 0;
+    }
+    cudaGetLastError();
+    return false;
+}
 
 // What kernels are chosen by.
 struct Device {

@@ -6,8 +6,6 @@
 // of threads.
 #pragma once
 
-#include <atomic>
-
 #include "kernels/primitives.h"
 
 namespace shuntyard {
@@ -248,8 +246,9 @@ __global__ void __launch_bounds__(kMostThreads) route(SHUNTYARD_TABLE(Routing) c
     sync_cluster();  // nobody leaves whose totals are still read
 }
 
+// How a call is launched in so many blocks, and what it then is.
 template <int kLanes, int kQuads>
-int route_in(Routing call, int64_t blocks, void* workspace, void* stream) {
+Shape routing_shape(Routing& call, int64_t blocks, void* workspace) {
     constexpr int64_t kTokens = Chooser<kLanes, kQuads>::kTokens;
     call.block_tokens = ceil_div(call.tokens, blocks);
     int64_t warps = ceil_div(call.block_tokens, kTokens);
@@ -259,32 +258,32 @@ int route_in(Routing call, int64_t blocks, void* workspace, void* stream) {
     shape.cluster = static_cast<unsigned>(blocks);
     shape.shared = (warps + 3) * call.experts * sizeof(int32_t);
     const size_t slots = call.block_tokens * call.top_k * sizeof(Slot);
+    call.slots = nullptr;
     if (shape.shared + slots <= kSharedSpace) {
         shape.shared += slots;
     } else {
         call.slots = static_cast<Slot*>(workspace);
     }
-    return launch(route<kLanes, kQuads>, shape, stream, call);
+    return shape;
 }
 
 template <int kLanes, int kQuads>
-int route_with(const Routing& call, void* workspace, void* stream) {
-    // 16 blocks are more than CUDA promises. Most Hoppers have room for them; one that has not is not asked again.
-    static std::atomic<bool> refused{false};
+int route_with(Routing call, void* workspace, void* stream) {
     Device device;
     SHUNTYARD_TRY(current_device(device));
-    const int64_t most_blocks = device.capability < 90 ? 1 : device.capability > 90 || refused ? 8 : 16;
+    // Code that was compiled for an older architecture knows no clusters, whatever runs it. 16 blocks are more than
+    // CUDA promises; Hopper may have room for them.
+    const int knows = device.capability < device.code ? device.capability : device.code;
+    const int64_t most_blocks = knows < 90 ? 1 : device.capability == 90 ? 16 : 8;
     int64_t blocks = 1;
     while (blocks < most_blocks && 2 * blocks * kLogitsOfBlock <= call.tokens * call.experts) {
         blocks *= 2;
     }
-    const int status = route_in<kLanes, kQuads>(call, blocks, workspace, stream);
-    if (status == SHUNTYARD_OK || blocks <= 8) {
-        return status;
+    Shape shape = routing_shape<kLanes, kQuads>(call, blocks, workspace);
+    if (blocks > 8 && !cluster_fits(route<kLanes, kQuads>, shape)) {
+        shape = routing_shape<kLanes, kQuads>(call, 8, workspace);
     }
-    forget_error();
-    refused = true;
-    return route_in<kLanes, kQuads>(call, 8, workspace, stream);
+    return launch(route<kLanes, kQuads>, shape, stream, call);
 }
 
 inline int route_at_once(const Routing& call, void* workspace, void* stream) {
