@@ -4,6 +4,7 @@
 //
 //   --tactic N        with tactic N, in the cases that have it
 //   --every-tactic    with the default, and then with every tactic that the plugin or the C interface has
+//   --except N        but not with tactic N
 //   --shift N         tensors lie N bytes, a multiple of 4, behind multiples of 256: what wants more must not run
 //   --only TEXT       the cases whose names hold this
 //   --every N         the first of each N cases
@@ -15,6 +16,7 @@
 // Each case runs twice from the plugin's enqueue and, on a GPU, once from a graph that was captured from it: with other
 // bytes in outputs, workspace and guards each time, and the same bytes must come out. Exit status: 0 all is well,
 // 1 something failed, 2 it could not run.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -33,7 +35,7 @@ namespace {
 
 struct Options {
     std::string library, cases, only, outputs;
-    int32_t tactic = 0;
+    int32_t tactic = 0, left_out = -1;
     bool every_tactic = false, time = false;
     unsigned long every = 1, most_failures = 20, shift = 0;
 };
@@ -145,7 +147,9 @@ void failed(const Options& options, const Case& made, const std::string& tactic,
 
 std::vector<int32_t> chosen(const Options& options, const Session& session, Tally& tally) {
     if (options.every_tactic) {
-        return session.tactics();
+        std::vector<int32_t> all = session.tactics();
+        all.erase(std::remove(all.begin(), all.end(), options.left_out), all.end());
+        return all;
     }
     for (const int32_t tactic : session.tactics()) {
         if (tactic == options.tactic) {
@@ -286,6 +290,8 @@ Options parse(int argc, char** argv) {
         };
         if (option == "--tactic") {
             options.tactic = static_cast<int32_t>(whole(value()));
+        } else if (option == "--except") {
+            options.left_out = static_cast<int32_t>(whole(value()));
         } else if (option == "--every-tactic") {
             options.every_tactic = true;
         } else if (option == "--time") {

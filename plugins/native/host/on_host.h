@@ -50,12 +50,14 @@ struct Shape {
     dim3 grid, block;
     unsigned cluster = 1;
     size_t shared = 0;
+    size_t most_shared = 0;
 };
 
 struct Device {
     int capability;
     int multiprocessors;
     int code = 90;
+    bool hopper = true;
 };
 
 // The device that is emulated; tests set it (emulator.cpp, test_device).
@@ -65,7 +67,7 @@ int current_device(Device& device);
 bool has_clusters_of(unsigned blocks);
 
 template <typename... Parameters>
-bool cluster_fits(void (*)(Parameters...), const Shape& shape) {
+bool cluster_fits(void (*)(Parameters...), const Shape& shape, void*) {
     return has_clusters_of(shape.cluster);
 }
 

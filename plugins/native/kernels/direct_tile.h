@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/primitives.h"
+#include "kernels/rows.h"
 
 namespace shuntyard {
 
@@ -12,10 +13,6 @@ struct TokenTile {
 
 __device__ inline int32_t lane_of_thread() { return static_cast<int32_t>(threadIdx.x % 32); }
 __device__ inline int32_t warp_of_thread() { return static_cast<int32_t>(threadIdx.x / 32); }
-
-__device__ inline int32_t clamped(int32_t offset, int32_t all_rows) {
-    return offset < 0 ? 0 : offset < all_rows ? offset : all_rows;
-}
 
 // Where the rows of 32 experts end, one a lane, from `base` on: what the offsets say, but never lower than before, so
 // that every row has one expert at most whatever they hold. `highest` is where the expert before them ended; beyond the

@@ -121,7 +121,7 @@ int multiply(const Experts& call, HopperTile tile, bool pair, const HopperProduc
 
 bool hopper_takes(const Experts& call, HopperTile tile) {
     const Form form = form_of(call);
-    if (call.device.capability != 90 || call.device.code != 90 || form == Form::kNone ||
+    if (call.device.capability != 90 || !call.device.hopper || form == Form::kNone ||
         (tile == HopperTile::kWide && form != Form::kCodes)) {
         return false;
     }

@@ -48,14 +48,16 @@ struct MixedWeights {
     Quad chunks[2][2];  // by product, channel (the fragment's row g, or g + 8)
 };
 
+// Row g of a fragment is channel 0, 4, 1, 5, 2, 6, 3, 7 of eight: channels whose lines eight threads read at once are
+// four apart then, and their chunks in different banks.
 template <class C>
 struct MixedThread {
-    int group, lane, first;  // first: the fragment's row g, of the warp group's 64
+    int group, lane, first;  // first: the channel of the fragment's row g, of the warp group's 64
 
     __device__ MixedThread()
         : group(static_cast<int>(threadIdx.x / kGroupThreads) - 1),
           lane(static_cast<int>(threadIdx.x % 32)),
-          first(static_cast<int>(threadIdx.x % kGroupThreads) / 32 * 16 + lane / 4) {}
+          first(static_cast<int>(threadIdx.x % kGroupThreads) / 32 * 16 + lane / 8 + lane / 4 % 2 * 4) {}
 
     // The channel of the result that row `row` (0: g, 1: g + 8) of product p belongs to.
     __device__ int32_t channel(const HopperTilePlace& place, int p, int row) const {
@@ -188,15 +190,15 @@ __device__ inline void mixed_sum(const HopperProduct& product, const MixedScales
     }
 }
 
-// Stores a value of channel g for row l = 0, and one for l = 1. Threads of neighbouring channels exchange: each then
-// has two neighbouring values of one row.
+// Stores a value of the thread's channel for row l = 0, and one for l = 1. Threads of neighbouring channels, two rows
+// of the fragment apart, exchange: each then has two neighbouring values of one row.
 template <class C>
 __device__ inline void mixed_store(const HopperProduct& product, const HopperTilePlace& place,
                                    const MixedThread<C>& thread, int32_t channel, int32_t row, float first,
                                    float second) {
     using X = typename C::X;
-    const bool odd = thread.lane / 4 % 2 == 1;
-    const float other = shuffle_xor(odd ? first : second, 4);
+    const bool odd = thread.lane / 8 % 2 == 1;
+    const float other = shuffle_xor(odd ? first : second, 8);
     const int32_t own_row = row + (odd ? 1 : 0), even = odd ? channel - 1 : channel;
     if (own_row >= place.end || even >= product.columns) {
         return;

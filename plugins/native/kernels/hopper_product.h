@@ -73,14 +73,12 @@ struct HopperWalk {
     uint32_t column_tiles;
     int32_t expert = -1;
     uint32_t first_tile = 0, tiles = 0, row_tiles = 0;
-    int32_t begin = 0, end = 0;
+    int32_t begin = 0, end;  // of the expert's rows, as owner_of has them
 
     __device__ explicit HopperWalk(const HopperProduct& product_)
-        : product(product_), column_tiles(static_cast<uint32_t>(ceil_div(product_.columns, C::kOutColumns))) {}
-
-    __device__ int32_t clamped(int32_t offset) const {
-        return offset < 0 ? 0 : offset < product.all_rows ? offset : static_cast<int32_t>(product.all_rows);
-    }
+        : product(product_),
+          column_tiles(static_cast<uint32_t>(ceil_div(product_.columns, C::kOutColumns))),
+          end(clamped(product_.expert_offsets[0], static_cast<int32_t>(product_.all_rows))) {}
 
     // False behind the last tile. Tiles must be asked for in order.
     __device__ bool find(uint32_t tile, HopperTilePlace& place) {
@@ -89,9 +87,10 @@ struct HopperWalk {
                 return false;
             }
             first_tile += tiles;
-            begin = clamped(product.expert_offsets[expert]);
-            end = clamped(product.expert_offsets[expert + 1]);
-            row_tiles = end > begin ? (static_cast<uint32_t>(end - begin) + C::kRows - 1) / C::kRows : 0;
+            begin = end;
+            const int32_t offset = clamped(product.expert_offsets[expert + 1], static_cast<int32_t>(product.all_rows));
+            end = offset > begin ? offset : begin;
+            row_tiles = (static_cast<uint32_t>(end - begin) + C::kRows - 1) / C::kRows;
             tiles = row_tiles * column_tiles;
         }
         const uint32_t own = tile - first_tile;

@@ -30,7 +30,7 @@ int launch_packed(Kernel* kernel, dim3 grid, dim3 block, void* stream, Arguments
 // Enqueues kernel(arguments...) and returns the error of this very launch (kernel<<<...>>> would leave it to
 // cudaGetLastError, which may return somebody else's).
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, const Arguments&... arguments) {
     std::tuple<Parameters...> packed{static_cast<Parameters>(arguments)...};
     return launch_packed(kernel, grid, block, stream, packed, std::index_sequence_for<Parameters...>{});
 }
@@ -40,15 +40,19 @@ struct Shape {
     dim3 grid, block;
     unsigned cluster = 1;  // blocks of a cluster, along x
     size_t shared = 0;     // bytes of dynamic shared memory
+    // If launches of a kernel differ in it: the most that any has. What a kernel may have is told to the runtime, and
+    // another thread may launch the same kernel between the telling and the launch.
+    size_t most_shared = 0;
 };
 
 // A shape as the runtime takes it; the kernel is told what it will get.
 class Configuration {
   public:
     Configuration(const void* function, const Shape& shape, void* stream) {
-        if (shape.shared > 48 * 1024) {
-            status_ = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shape.shared));
+        const size_t most = shape.most_shared > shape.shared ? shape.most_shared : shape.shared;
+        if (most > 48 * 1024) {
+            status_ =
+                cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
         }
         if (status_ == cudaSuccess && shape.cluster > 8) {
             status_ = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -88,7 +92,7 @@ int launch_shaped(Kernel* kernel, const Shape& shape, void* stream, Arguments& a
 }
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
     std::tuple<Parameters...> packed{static_cast<Parameters>(arguments)...};
     return launch_shaped(kernel, shape, stream, packed, std::index_sequence_for<Parameters...>{});
 }
@@ -96,9 +100,9 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Argu
 // Whether the current device has room for a cluster of this shape. Asks without a launch, so a graph that is being
 // captured stays as it is; leaves no error behind.
 template <typename... Parameters>
-bool cluster_fits(void (*kernel)(Parameters...), const Shape& shape) {
+bool cluster_fits(void (*kernel)(Parameters...), const Shape& shape, void* stream) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    const Configuration configuration(function, shape, nullptr);
+    const Configuration configuration(function, shape, stream);
     int clusters = 0;
     if (configuration.status() == cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&clusters, function, configuration.get()) == cudaSuccess) {
@@ -112,7 +116,8 @@ bool cluster_fits(void (*kernel)(Parameters...), const Shape& shape) {
 struct Device {
     int capability;  // 10 * major + minor
     int multiprocessors;
-    int code;  // the architecture that this library's code was compiled for, where a driver may have compiled it again
+    int code;     // the architecture that this library's code was compiled for: a driver may have compiled it again
+    bool hopper;  // that architecture is 9.0a, which has wgmma
 };
 
 // Of the device that is current. Waits for nothing, and may be asked while a graph is captured.

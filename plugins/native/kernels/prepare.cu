@@ -7,9 +7,11 @@
 namespace shuntyard {
 namespace {
 
-constexpr unsigned kThreads = 128;
-constexpr unsigned kWarps = kThreads / 32;
+constexpr unsigned kFewThreads = 128, kMostThreads = 512;
+constexpr int64_t kFewRows = 512;
+constexpr int kAhead = 2;                        // loads of a thread on their way
 constexpr size_t kMapSpace = sizeof(TensorMap);  // a multiple of 128, as tensormap.replace wants its place
+static_assert(2 * sizeof(float) * kMostThreads / 32 <= kFewThreads / 32 * kMapSpace, "two reductions have room");
 
 // Values of a row as they are multiplied, in fp32: what X holds.
 template <typename X>
@@ -34,22 +36,36 @@ constexpr int64_t kVector = 16 / sizeof(X);
 template <typename X, typename Take>
 __device__ inline void walk(const Row<X>& row, int64_t width, bool wide, const Take& take) {
     if (!wide || !row.exists) {
-        for (int64_t column = threadIdx.x; column < width; column += kThreads) {
+        for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
             const float value[1] = {row.at(column)};
             take(column, value);
         }
         return;
     }
-    for (int64_t column = threadIdx.x * kVector<X>; column < width; column += kThreads * kVector<X>) {
-        const Quad raw = load(row.values + column);
-        X piece[kVector<X>];
-        memcpy(piece, &raw, sizeof(raw));
-        float values[kVector<X>];
-        for (int i = 0; i < kVector<X>; ++i) {
-            const float value = to_float(piece[i]);
-            values[i] = row.scaled ? rounded_to<X>(value * row.score) : value;
+    const int64_t step = blockDim.x * kVector<X>;
+    for (int64_t first = threadIdx.x * kVector<X>; first < width; first += kAhead * step) {
+        Quad raw[kAhead];
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+            const int64_t column = first + ahead * step;
+            if (column < width) {
+                raw[ahead] = load(row.values + column);
+            }
         }
-        take(column, values);
+#pragma unroll
+        for (int ahead = 0; ahead < kAhead; ++ahead) {
+            const int64_t column = first + ahead * step;
+            if (column < width) {
+                X piece[kVector<X>];
+                memcpy(piece, &raw[ahead], sizeof(piece));
+                float values[kVector<X>];
+                for (int i = 0; i < kVector<X>; ++i) {
+                    const float value = to_float(piece[i]);
+                    values[i] = row.scaled ? rounded_to<X>(value * row.score) : value;
+                }
+                take(column, values);
+            }
+        }
     }
 }
 
@@ -86,32 +102,55 @@ __device__ inline void put_quotients(E4m3* to, const float (&values)[kCount], fl
     put(to, quotients);
 }
 
-// The largest of all threads' magnitudes; in any order the same.
-__device__ inline float block_max(float value) {
-    float* const partial = reinterpret_cast<float*>(shared_memory());
+// What the block's warps have each found, put together: `better` says whether the first is.
+template <typename T, typename Better>
+__device__ inline T of_block(T value, T* partial, const Better& better) {
     for (int mask = 16; mask > 0; mask /= 2) {
-        const float other = shuffle_xor(value, mask);
-        value = other > value ? other : value;
+        const T other = shuffle_xor(value, mask);
+        value = better(other, value) ? other : value;
     }
     if (threadIdx.x % 32 == 0) {
         partial[threadIdx.x / 32] = value;
     }
     sync_block();
-    for (unsigned warp = 0; warp < kWarps; ++warp) {
-        value = partial[warp] > value ? partial[warp] : value;
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
+        value = better(partial[warp], value) ? partial[warp] : value;
     }
     return value;
+}
+
+// owner_of(row).expert, by all threads of the block: the expert before the first offset that is beyond the row.
+__device__ inline int32_t expert_of_block(int32_t row, const int32_t* expert_offsets, int32_t experts,
+                                          int32_t all_rows) {
+    int32_t beyond = experts + 1;
+    for (int32_t e = 1 + static_cast<int32_t>(threadIdx.x); e <= experts; e += static_cast<int32_t>(blockDim.x)) {
+        if (clamped(expert_offsets[e], all_rows) > row) {
+            beyond = e;
+            break;
+        }
+    }
+    int32_t* const partial = reinterpret_cast<int32_t*>(shared_memory());
+    beyond = of_block(beyond, partial, [](int32_t one, int32_t other) { return one < other; });
+    return beyond > experts || clamped(expert_offsets[0], all_rows) > row ? -1 : beyond - 1;
 }
 
 template <typename X>
 __device__ void prepare_row(const Preparation& task, const GivenScales& first, const GivenScales& second, bool wide) {
     const int64_t row = blockIdx.x;
-    const Tile tile = tile_of(row, task.expert_offsets, task.experts, task.all_rows);
-    if (tile.orphan && task.orphans != nullptr) {
-        X* const out = static_cast<X*>(task.orphans) + row * task.orphan_width;
-        for (int64_t column = threadIdx.x; column < task.orphan_width; column += kThreads) {
-            out[column] = from_float<X>(not_a_number());
+    const bool given = task.codes != nullptr && task.factors == nullptr;
+    int32_t expert = 0;
+    if (given || task.orphans != nullptr) {
+        expert = expert_of_block(static_cast<int32_t>(row), task.expert_offsets, task.experts,
+                                 static_cast<int32_t>(task.all_rows));
+    }
+    if (expert < 0) {
+        if (task.orphans != nullptr) {
+            X* const out = static_cast<X*>(task.orphans) + row * task.orphan_width;
+            for (int64_t column = threadIdx.x; column < task.orphan_width; column += blockDim.x) {
+                out[column] = from_float<X>(not_a_number());
+            }
         }
+        return;  // nobody multiplies it
     }
     const int64_t slot = task.permutation == nullptr ? row : task.permutation[row];
     const bool exists = 0 <= slot && slot < task.all_rows;
@@ -127,12 +166,13 @@ __device__ void prepare_row(const Preparation& task, const GivenScales& first, c
                 largest = magnitude > largest ? magnitude : largest;  // never, if it is NaN
             }
         });
-        factor = block_max(largest) / 448.0f;
+        float* const partial = reinterpret_cast<float*>(shared_memory()) + kMostThreads / 32;
+        factor = of_block(largest, partial, [](float one, float other) { return one > other; }) / 448.0f;
         if (threadIdx.x == 0) {
             task.factors[row] = factor;
         }
-    } else if (task.codes != nullptr) {
-        const int32_t expert = expert_of(row, task.expert_offsets, task.experts);
+    }
+    if (given) {
         factor = scale_at(first.scales[expert], first.type, 0);
         second_factor = task.more_codes == nullptr ? 0 : scale_at(second.scales[expert], second.type, 0);
     }
@@ -170,7 +210,7 @@ __device__ inline void make_map([[maybe_unused]] const WeightMaps& maps, [[maybe
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMostThreads)
     prepare_rows(SHUNTYARD_TABLE(Preparation) task, SHUNTYARD_TABLE(GivenScales) first,
                  SHUNTYARD_TABLE(GivenScales) second, SHUNTYARD_TABLE(WeightMaps) maps, bool wide) {
     const int64_t behind = int64_t{blockIdx.x} - task.all_rows;
@@ -178,7 +218,7 @@ __global__ void __launch_bounds__(kThreads)
         prepare_row<X>(task, first, second, wide);
         return;
     }
-    const int64_t number = behind * kWarps + threadIdx.x / 32;
+    const int64_t number = behind * (blockDim.x / 32) + threadIdx.x / 32;
     if (number < 3 * task.experts) {
         make_map(maps, number, task.experts);
     }
@@ -190,9 +230,13 @@ template <typename X>
 int run(const Preparation& task, const GivenScales& first, const GivenScales& second, const WeightMaps& maps,
         void* stream) {
     const bool wide = task.width % 16 == 0 && on_16_bytes(task.rows) && on_16_bytes(task.scaled);
-    Shape shape{grid_of(task.all_rows + (maps.maps == nullptr ? 0 : ceil_div(3 * task.experts, kWarps))),
-                dim3(kThreads)};
-    shape.shared = kWarps * kMapSpace;
+    // Few rows: a row is soon read by many threads. Many rows keep the device busy by themselves.
+    const int64_t pieces = ceil_div(wide ? task.width / kVector<X> : task.width, 32) * 32;
+    const int64_t most = task.all_rows <= kFewRows ? kMostThreads : kFewThreads;
+    const int64_t threads = pieces < kFewThreads ? kFewThreads : pieces < most ? pieces : most;
+    const int64_t map_blocks = maps.maps == nullptr ? 0 : ceil_div(3 * task.experts, threads / 32);
+    Shape shape{grid_of(task.all_rows + map_blocks), dim3(static_cast<unsigned>(threads))};
+    shape.shared = threads / 32 * kMapSpace;
     return launch(prepare_rows<X>, shape, stream, task, first, second, maps, wide);
 }
 

@@ -258,6 +258,7 @@ Shape routing_shape(Routing& call, int64_t blocks, void* workspace) {
     shape.cluster = static_cast<unsigned>(blocks);
     shape.shared = (warps + 3) * call.experts * sizeof(int32_t);
     const size_t slots = call.block_tokens * call.top_k * sizeof(Slot);
+    shape.most_shared = kSharedSpace;
     call.slots = nullptr;
     if (shape.shared + slots <= kSharedSpace) {
         shape.shared += slots;
@@ -280,8 +281,11 @@ int route_with(Routing call, void* workspace, void* stream) {
         blocks *= 2;
     }
     Shape shape = routing_shape<kLanes, kQuads>(call, blocks, workspace);
-    if (blocks > 8 && !cluster_fits(route<kLanes, kQuads>, shape)) {
-        shape = routing_shape<kLanes, kQuads>(call, 8, workspace);
+    // A whole GPU has room for eight; a part of one may not.
+    const bool certain = blocks <= 8 && device.multiprocessors >= 32;
+    while (blocks > 1 && !certain && !cluster_fits(route<kLanes, kQuads>, shape, stream)) {
+        blocks /= 2;
+        shape = routing_shape<kLanes, kQuads>(call, blocks, workspace);
     }
     return launch(route<kLanes, kQuads>, shape, stream, call);
 }

@@ -3,9 +3,10 @@
 namespace shuntyard {
 namespace {
 
-// One line: for at most so many rows (T*K), and so many rows an expert if they are spread evenly, this tactic.
+// One line: for at most so many rows an expert, if they are spread evenly, this tactic. One of Hopper's only where
+// there are tiles for all multiprocessors, twice: its blocks do not share the sums of a tile.
 struct Line {
-    int64_t rows, rows_of_expert;
+    int64_t rows_of_expert;
     int tactic;
 };
 
@@ -14,24 +15,16 @@ constexpr int64_t kAny = INT64_MAX;
 // The first line that fits and that the call's form has kernels for; `plain` always does.
 //
 // Worked out, not yet measured. Decoding reads each expert's weights once, so what counts is how many bytes are on
-// their way: `direct` cuts weights finely enough for all multiprocessors even where one expert is all there is. From
-// some rows on there are tiles enough for everyone, and TMA keeps 192 KiB a multiprocessor on their way; 64 rows a tile
-// multiply fewer in vain, 128 read each weight half as often. Where products are the limit, wide tiles take 48 bytes a
-// clock from L2 where the others take 64, of perhaps 40 that there are. bench/moe_kernels.py times every tactic.
+// their way: `direct` cuts weights finely enough for all multiprocessors even where one expert is all there is. Where
+// there are tiles enough for everyone, TMA keeps 192 KiB a multiprocessor on their way; 64 rows a tile multiply fewer
+// in vain, 128 read each weight half as often. Where products are the limit, wide tiles take 48 bytes a clock from L2
+// where others of 128 rows take 64, of perhaps 40 that there are (scales that are given, and so up's rows of their own:
+// 64 and 96). bench/moe_kernels.py times every tactic.
 constexpr Line kTable[] = {
-    {8, kAny, SHUNTYARD_DIRECT_8},
-    {kAny, 80, SHUNTYARD_HOPPER_64},
-    {kAny, 160, SHUNTYARD_HOPPER_128},
-    {kAny, kAny, SHUNTYARD_HOPPER_WIDE},
-    {kAny, kAny, SHUNTYARD_HOPPER_128},
-    // Where Hopper's kernels are none:
-    {kAny, 8, SHUNTYARD_DIRECT_8},
-    {kAny, 16, SHUNTYARD_DIRECT_16},
-    {kAny, 32, SHUNTYARD_DIRECT_32},
-    {kAny, kAny, SHUNTYARD_DIRECT_64},
-    {kAny, kAny, SHUNTYARD_DIRECT_32},
-    {kAny, kAny, SHUNTYARD_DIRECT_16},
-    {kAny, kAny, SHUNTYARD_PLAIN},
+    {80, SHUNTYARD_HOPPER_64},   {kAny, SHUNTYARD_HOPPER_WIDE}, {kAny, SHUNTYARD_HOPPER_128},
+    {8, SHUNTYARD_DIRECT_8},     {16, SHUNTYARD_DIRECT_16},     {32, SHUNTYARD_DIRECT_32},
+    {kAny, SHUNTYARD_DIRECT_64}, {kAny, SHUNTYARD_DIRECT_32},   {kAny, SHUNTYARD_DIRECT_16},
+    {kAny, SHUNTYARD_PLAIN},
 };
 
 struct Tactic {
@@ -72,9 +65,13 @@ bool takes(const Experts& call, int tactic) {
 }
 
 int by_shape(const Experts& call) {
+    // Tiles of the second product, which are fewest: 256 columns, and one of rows for each expert that may have some.
+    const int64_t busy = call.experts < call.all_rows ? call.experts : call.all_rows;
+    const int64_t tiles = (busy + call.all_rows / 128) * ceil_div(call.width, 256);
+    const bool many = tiles >= 2 * call.device.multiprocessors;
     for (const Line& line : kTable) {
-        if (call.all_rows <= line.rows && ceil_div(call.all_rows, call.experts) <= line.rows_of_expert &&
-            takes(call, line.tactic)) {
+        if (ceil_div(call.all_rows, call.experts) <= line.rows_of_expert &&
+            (many || kTactics[line.tactic].family != Tactic::kHopper) && takes(call, line.tactic)) {
             return line.tactic;
         }
     }
