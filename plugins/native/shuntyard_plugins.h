@@ -5,6 +5,9 @@
 // code, or one of the negative codes below. With no tokens (T = 0) routing still writes its offsets (all 0); the other
 // two have nothing to write and launch nothing.
 //
+// T * K is at most 2^31 - 1, H and F at most 8,388,480. Tensors are on the device that is current, and the stream is
+// one of its; pointers to them are not looked at, but that a list of weights is there.
+//
 // Index inputs are made by the routing op and trusted to be so, but only so far: whatever they hold, no kernel touches
 // memory outside its tensors (TensorRT times plugins on inputs of arbitrary content), and a row or token that broken
 // indices leave without a value is NaN, never stale memory.
@@ -18,6 +21,9 @@ extern "C" {
 #endif
 
 #define SHUNTYARD_API __attribute__((visibility("default")))
+
+// Of this header. A library is of the same if its shuntyard_build_info() says so, as "abi_version".
+#define SHUNTYARD_ABI_VERSION 4
 
 enum shuntyard_type {
     SHUNTYARD_FP32 = 0,
@@ -35,7 +41,8 @@ enum shuntyard_status {
     SHUNTYARD_UNSUPPORTED_TACTIC = -4,  // the kernels asked for do not take such weights or extents, or this device
 };
 
-// A JSON object: version, abi_version, cuda (the version of nvcc, or null), cuda_source, architectures.
+// A JSON object: version, abi_version, cuda (the version of nvcc, or null), cuda_source, architectures: the compute
+// capabilities that there is code for. The last one's runs on newer devices, too; no other device runs any kernel.
 SHUNTYARD_API const char* shuntyard_build_info(void);
 
 // What a status says, in words. Never null.
@@ -92,7 +99,7 @@ enum {
 // Which kernels compute the experts. All give what contract.py says, to the tolerance of the format.
 enum shuntyard_tactic {
     SHUNTYARD_BY_SHAPE = 0,  // one of the others, by a table
-    SHUNTYARD_PLAIN = 1,     // any form and extents, any device
+    SHUNTYARD_PLAIN = 1,     // any form and extents, any device that the library has code for
     SHUNTYARD_DIRECT_8 =
         2,  // mma, compute capability 8.9 and later; weights go straight into registers; so many tokens a tile
     SHUNTYARD_DIRECT_16 = 3,
@@ -108,7 +115,8 @@ enum shuntyard_tactic {
 SHUNTYARD_API const char* shuntyard_tactic_name(int tactic);
 
 // The tactics that compute such a call on the current device, if all pointers are multiples of 16: at most
-// SHUNTYARD_LAST_TACTIC of them are written to `tactics`, and counted. Lists of weights are not looked at.
+// SHUNTYARD_LAST_TACTIC of them are written to `tactics`, and counted. Lists of weights are not looked at. A negative
+// status for a call that cannot be; 0 if there is no device.
 SHUNTYARD_API int shuntyard_moe_experts_tactics(int x_type, const struct shuntyard_expert_weights* weights,
                                                 int64_t tokens, int64_t experts, int64_t top_k, int64_t hidden,
                                                 int64_t intermediate, int32_t* tactics);

@@ -13,7 +13,9 @@ const char* shuntyard_build_info(void) { return SHUNTYARD_BUILD_INFO; }
 const char* shuntyard_status_text(int status) {
     switch (status) {
         case SHUNTYARD_OK: return "success";
-        case SHUNTYARD_INVALID_ARGUMENT: return "an extent, a type, the form of the weights or top_k is out of range";
+        case SHUNTYARD_INVALID_ARGUMENT:
+            return "an argument cannot be: an extent, a type, the form or the lists of the weights, top_k or the "
+                   "tactic";
         case SHUNTYARD_WORKSPACE_TOO_SMALL: return "the workspace is too small";
         case SHUNTYARD_NO_KERNELS:
             return "this library was built without CUDA kernels: reinstall shuntyard where pip may fetch "

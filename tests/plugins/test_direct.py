@@ -42,7 +42,7 @@ SHORT = {"T": 20, "E": 3, "K": 2, "H": 72, "F": 144, "skew": "even", "seed": 1}
 
 
 def tiles_of(kind: tuple[str, ...]) -> list[int]:
-    return [DIRECT_8, DIRECT_16, DIRECT_32, *([] if kind in ALONG_N else [DIRECT_64])]
+    return [DIRECT_8, DIRECT_16, *([] if kind in ALONG_N else [DIRECT_32, DIRECT_64])]
 
 
 KINDS_AND_TILES = [(kind, tile) for kind in KINDS for tile in tiles_of(kind)]

@@ -36,7 +36,9 @@ def run(*command: str) -> str:
 def test_says_what_it_was_built_from(library: Path) -> None:
     info = build_info(library)
     assert info.version == shuntyard.__version__
-    (abi_version,) = re.findall(r"^set\(SHUNTYARD_ABI_VERSION (\d+)\)", (NATIVE / "CMakeLists.txt").read_text(), re.M)
+    header = library.with_name("shuntyard_plugins.h").read_text()
+    assert header == (NATIVE / "shuntyard_plugins.h").read_text()
+    (abi_version,) = re.findall(r"^#define SHUNTYARD_ABI_VERSION (\d+)$", header, re.M)
     assert info.abi_version == int(abi_version)
     assert info.cuda_source in {"machine", "pip", "off"}
     assert (info.cuda is None) == (info.cuda_source == "off") == (info.architectures == ())

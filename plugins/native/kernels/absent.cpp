@@ -18,7 +18,7 @@ int shuntyard_moe_experts(int, const shuntyard_expert_weights*, const void*, con
 
 int shuntyard_moe_experts_tactics(int, const shuntyard_expert_weights*, int64_t, int64_t, int64_t, int64_t, int64_t,
                                   int32_t*) {
-    return 0;
+    return SHUNTYARD_NO_KERNELS;
 }
 
 const char* shuntyard_tactic_name(int) { return "none: there are no kernels"; }

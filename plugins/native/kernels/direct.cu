@@ -103,8 +103,8 @@ DirectForm direct_form(const DirectCall& call) {
 bool direct_has_tile(DirectForm form, int tokens) {
     switch (tokens) {
         case 8:
-        case 16:
-        case 32: return form != DirectForm::kNone;
+        case 16: return form != DirectForm::kNone;
+        case 32:
         case 64: return form != DirectForm::kNone && form != DirectForm::kAlongN;
         default: return false;
     }

@@ -42,8 +42,8 @@ struct DirectCall {
 DirectForm direct_form(const DirectCall& call);
 inline bool direct_takes(const DirectCall& call) { return direct_form(call) != DirectForm::kNone; }
 
-// How many rows of an expert a block takes at once: 8, 16, 32, or 64, which is not there along N. Blocks of up to 32
-// (along N: 16) split K over their warps, those of more the channels.
+// How many rows of an expert a block takes at once: 8 or 16, and but for along N 32 or 64. Blocks of up to 32 split K
+// over their warps, those of more the channels.
 bool direct_has_tile(DirectForm form, int tokens);
 
 // hidden_rows from x or codes: gathered, scaled by the scores, multiplied, SwiGLU. Then rows from hidden_rows or codes.

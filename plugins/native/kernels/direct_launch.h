@@ -214,14 +214,16 @@ int launch_tile(const DirectCall& call, const DirectPart (&parts)[F::kMatrices],
     switch (tokens) {
         case 8: return launch_plan<DirectPlan<F, 8>>(call, parts);
         case 16: return launch_plan<DirectPlan<F, 16>>(call, parts);
-        case 32: return launch_plan<DirectPlan<F, 32>>(call, parts);
-        case 64:
-            if constexpr (!F::kAlongN) {
-                return launch_plan<DirectPlan<F, 64>>(call, parts);
-            }
-            return SHUNTYARD_INVALID_ARGUMENT;
-        default: return SHUNTYARD_INVALID_ARGUMENT;
+        default: break;
     }
+    if constexpr (!F::kAlongN) {  // where there are no registers for more
+        switch (tokens) {
+            case 32: return launch_plan<DirectPlan<F, 32>>(call, parts);
+            case 64: return launch_plan<DirectPlan<F, 64>>(call, parts);
+            default: break;
+        }
+    }
+    return SHUNTYARD_INVALID_ARGUMENT;
 }
 
 template <typename X, DirectForm kForm>

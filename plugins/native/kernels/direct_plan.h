@@ -37,7 +37,7 @@ struct DirectPlan {
     using F = F_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kTiles = kTokens / 8;
-    static constexpr bool kSplitK = kTokens <= (F::kAlongN ? 16 : 32);
+    static constexpr bool kSplitK = kTokens <= 32;
     static constexpr int kBlockChannels = F::kChannels * (kSplitK ? 1 : kDirectWarps);
     static constexpr int kStep = kSplitK ? kDirectWarps : 1;  // slots from one of a warp's to the next
 

@@ -133,8 +133,8 @@ bool valid_call(int x_type, const shuntyard_expert_weights& weights, int64_t tok
 
 int shuntyard_moe_experts_tactics(int x_type, const shuntyard_expert_weights* weights, int64_t tokens, int64_t experts,
                                   int64_t top_k, int64_t hidden, int64_t intermediate, int32_t* tactics) {
-    if (!valid_call(x_type, *weights, tokens, experts, top_k, hidden, intermediate)) {
-        return 0;
+    if (weights == nullptr || !valid_call(x_type, *weights, tokens, experts, top_k, hidden, intermediate)) {
+        return SHUNTYARD_INVALID_ARGUMENT;
     }
     Experts call = described(x_type, *weights, tokens, experts, top_k, hidden, intermediate);
     if (current_device(call.device) != SHUNTYARD_OK) {
@@ -154,7 +154,7 @@ int shuntyard_moe_experts(int x_type, const shuntyard_expert_weights* weights, c
                           const int32_t* expert_offsets, const int32_t* permutation, void* rows, int64_t tokens,
                           int64_t experts, int64_t top_k, int64_t hidden, int64_t intermediate, int tactic,
                           void* workspace, size_t workspace_size, void* stream) {
-    if (!valid_call(x_type, *weights, tokens, experts, top_k, hidden, intermediate) ||
+    if (weights == nullptr || !valid_call(x_type, *weights, tokens, experts, top_k, hidden, intermediate) ||
         !valid_weights(*weights, hidden, intermediate) || tactic < SHUNTYARD_BY_SHAPE ||
         tactic > SHUNTYARD_LAST_TACTIC) {
         return SHUNTYARD_INVALID_ARGUMENT;
