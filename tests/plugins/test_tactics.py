@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.plugins.bounds import bounds_of, check_between
-from tests.plugins.forms import EVERY_KIND, FORMATS, Array, Weights, form_of, make_weights
+from tests.plugins.forms import EVERY_KIND, FORMATS, FP8, Array, Weights, form_of, make_weights
 from tests.plugins.native_build import (
     ALL_FILLS,
     BY_SHAPE,
@@ -340,6 +340,42 @@ def test_broken_indices(on_host: Native, random: int, kind: tuple[str, ...], tac
         else:
             bounds = bounds_of(sound, made, top_k)
             check_between(rows[owned], type(bounds)(*(bound[owned] for bound in bounds)), np.dtype(FORMATS["bf16"]))
+
+
+def cut_off(sums: Array) -> Array:
+    """fp32 numbers to 14 bits, towards zero, as FP8 units of Hopper keep their sums."""
+    cut: Array = (sums.astype(np.float32).view(np.uint32) & ~np.uint32(0x3FF)).view(np.float32)
+    return cut
+
+
+@pytest.mark.parametrize("tactic", [*HOPPER, HOPPER_WIDE])
+def test_fp8_sums_move_on_before_they_lose_much(on_host: Native, tactic: int) -> None:
+    """On units that keep 14 bits, where all terms are positive and so every loss adds up; H / 32 products a sum."""
+    hidden, width = 4096, 64
+    form = form_of(("linear", "tensor", "dynamic"), 1)
+    rng = np.random.default_rng(0)
+    shapes = form.weight_shapes(hidden, width)
+    # Gates so large that SwiGLU passes them, numbers whose sums need all the bits.
+    weights = [np.asarray(rng.uniform(1, 448, size=shape), FP8) for shape in shapes]
+    made = Weights(form, weights, [np.full(1, 2.0**-16, np.float32)] * 3)
+    feeds, _ = activations_of({**CASE, "T": 4, "E": 1, "K": 1, "H": hidden, "F": width}, "fp16")
+    feeds["x"] = np.asarray(rng.uniform(0.5, 1, size=(4, hidden)), np.float16)
+    feeds["scores"] = np.ones(4, np.float32)
+    status, exact = on_host.experts(feeds, made, 1, PLAIN, tactic)
+    on_host.library.test_hopper_fp8(1)
+    try:
+        again, rows = on_host.experts(feeds, made, 1, PLAIN, tactic)
+    finally:
+        on_host.library.test_hopper_fp8(0)
+    assert (status, again) == (OK, OK)
+    lost = 1 - rows.astype(np.float64) / exact
+    # The first product alone would lose more if nothing moved on, and it counts twice.
+    terms = (feeds["x"].astype(np.float32) * 448).astype(FP8).astype(np.float32) * weights[0][0].astype(np.float32)
+    total = np.zeros(4, np.float32)
+    for step in range(0, hidden, 32):
+        total = cut_off(total + terms[:, step : step + 32].sum(1))
+    unmoved = 1 - total / terms.sum(1)
+    assert abs(lost.mean()) < 1e-3 < unmoved.min(), (lost, unmoved)
 
 
 def test_no_tokens(on_host: Native) -> None:
