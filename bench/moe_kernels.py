@@ -1,12 +1,15 @@
-"""The routed experts of one Llama 4 layer on a GPU: ours, PyTorch, vLLM and FBGEMM, and the floors of the machine.
+"""The routed experts of one Llama 4 layer on a GPU: ours, PyTorch, vLLM and
+FBGEMM, and the floors of the machine.
 
-All get the same router logits, inputs, weights and shared expert's output, and return the sum; results are compared
-before they are timed. Floors are what a copy on the device and torch's best product reach in the same run. Peers that
+All get the same router logits, inputs, weights and shared expert's output, and
+return the sum; results are compared before they are timed. Floors are what a
+copy on the device and torch's best product reach in the same run. Peers that
 are not installed are named with the reason.
 
-    python bench/moe_kernels.py --library libshuntyard_plugins.so --json run.json --plot run.svg
-    python bench/moe_kernels.py --from run.json --plot run.svg          # without a GPU
-    python bench/moe_kernels.py --arithmetic                            # the floors from shapes alone, without a GPU
+    python bench/moe_kernels.py --library libshuntyard_plugins.so \\
+        --json run.json --plot run.svg
+    python bench/moe_kernels.py --from run.json --plot run.svg   # without a GPU
+    python bench/moe_kernels.py --arithmetic    # the floors, from shapes alone
 """
 
 from __future__ import annotations
@@ -169,36 +172,72 @@ def measure(args: argparse.Namespace, library: Any, device: str = "cuda") -> res
     return run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Exit status 1: ours fails somewhere, or a peer's result differs; 2: it cannot run."""
+def positive(text: str) -> float:
+    """A finite number above zero, of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
+def whole(text: str) -> int:
+    """A whole number above zero, of an option."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def options() -> argparse.ArgumentParser:
+    """Of the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", type=Path, help="libshuntyard_plugins.so; else the installed package's")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--precisions", nargs="+", choices=list(WEIGHT_BYTES), default=list(WEIGHT_BYTES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--skews", nargs="+", choices=SKEWS, default=list(SKEWS))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tactics", action="store_true", help="also each of ours alone")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--from", dest="earlier", type=Path, metavar="JSON", help="measure nothing, plot these figures")
-    parser.add_argument("--plot", type=Path, metavar="SVG")
-    parser.add_argument("--skew", choices=SKEWS, default="uniform", help="of the plot (%(default)s)")
-    parser.add_argument("--floors-only", action="store_true", help="measure the machine's floors alone")
-    parser.add_argument("--arithmetic", action="store_true", help="print the floors at given rates; needs no GPU")
-    parser.add_argument("--bandwidth", type=float, default=H200["gigabytes"], help="GB/s (%(default)g)")
-    parser.add_argument("--fp8", type=float, default=H200["fp8"], help="TFLOP/s (%(default)g)")
-    parser.add_argument("--bf16", type=float, default=H200["bf16"], help="TFLOP/s (%(default)g)")
+    add = parser.add_argument
+    add("--library", type=Path, metavar="FILE", help="libshuntyard_plugins.so; else the installed package's")
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="whose layers (all)")
+    add("--precisions", nargs="+", choices=list(WEIGHT_BYTES), default=list(WEIGHT_BYTES), help="of weights (all)")
+    counts = " ".join(map(str, TOKENS))
+    add("--tokens", nargs="+", type=whole, default=list(TOKENS), metavar="N", help=f"of a call ({counts})")
+    add("--skews", nargs="+", choices=SKEWS, default=list(SKEWS), metavar="SKEW", help=f"{', '.join(SKEWS)} (all)")
+    add("--rounds", type=whole, default=15, metavar="N", help="of each contender (%(default)s)")
+    add("--tactics", action="store_true", help="also each of ours alone")
+    add("--json", type=Path, metavar="FILE", help="where the figures go")
+    add("--from", dest="earlier", type=Path, metavar="JSON", help="measure nothing, take these figures")
+    add("--plot", type=Path, metavar="SVG", help="where the plot goes")
+    add("--skew", choices=SKEWS, default="uniform", help="of the plot (%(default)s)")
+    add("--floors-only", action="store_true", help="measure the machine's floors alone")
+    add("--arithmetic", action="store_true", help="print the floors at given rates; needs no GPU")
+    add("--shared", action="store_true", help="count the shared expert in; with --arithmetic")
+    add("--bandwidth", type=positive, default=H200["gigabytes"], metavar="N", help="GB/s (%(default)g)")
+    add("--fp8", type=positive, default=H200["fp8"], metavar="N", help="TFLOP/s (%(default)g)")
+    add("--bf16", type=positive, default=H200["bf16"], metavar="N", help="TFLOP/s (%(default)g)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Exit status 1: ours fails somewhere, or a peer's result differs; 2: it cannot run."""
+    parser = options()
     args = parser.parse_args(arguments)
     if args.arithmetic:
         rates = {precision: getattr(args, precision) for precision in args.precisions}
-        print("\n".join(arithmetic.table([MODELS[n] for n in args.models], args.tokens, args.bandwidth, rates)))
+        models = [MODELS[name] for name in args.models]
+        print("\n".join(arithmetic.table(models, args.tokens, args.bandwidth, rates, args.shared)))
         return 0
+    if args.shared:
+        parser.error("--shared is for --arithmetic")
+    if args.floors_only and args.plot is not None:
+        parser.error("--floors-only measures nothing to plot")
+    for path in (args.json, args.plot):  # before minutes of measuring
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            return fail(f"{path} cannot be written", "give a file in a directory that is there")
     if args.earlier is not None:
         try:
             run = results.read(args.earlier)
         except (OSError, ValueError) as error:
-            return fail(f"{args.earlier}: {str(error).splitlines()[0]}", "give a file that --json has written")
+            reason = error.strerror if isinstance(error, OSError) else error
+            return fail(f"{args.earlier}: {reason}", "give a file that --json has written")
     else:
         import torch
 
@@ -214,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = measure(args, library)
     if args.json is not None:
         results.write(run, args.json)
-    if args.plot is not None and run.points:
+    if args.plot is not None:
         try:
             args.plot.write_text(plot.svg(run, args.skew), encoding="utf-8")
         except ValueError as error:
@@ -230,4 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # as of a program that SIGPIPE has ended
+    sys.exit(status)

@@ -58,22 +58,22 @@ def work_of(model: Model, tokens: int, precision: str, experts: float, shared: b
     return Work(weights + rows, 2.0 * tokens * (1 + shared) * model.expert_weights)
 
 
-def table(models: list[Model], tokens: list[int], gigabytes: float, teraflops: dict[str, float]) -> list[str]:
-    """Lines of the floors, for uniform routing."""
+def table(
+    models: list[Model], tokens: list[int], gigabytes: float, teraflops: dict[str, float], shared: bool = False
+) -> list[str]:
+    """Lines of the floors, for uniform routing, with or without a shared expert; of at most 80 columns."""
     given = ", ".join(f"{rate:,.0f} TFLOP/s ({precision})" for precision, rate in teraflops.items())
-    alone_head = f"{'experts':>9}{'MB':>9}{'GFLOP':>10}{'memory us':>11}{'math us':>10}"
-    both_head = f"{'with shared: MB':>18}{'memory us':>11}{'math us':>10}"
-    lines = [f"floors at {gigabytes:,.0f} GB/s and {given}, each token to one expert, all as likely"]
-    lines.append(f"{'model':10}{'':6}{'tokens':>8}{alone_head}{both_head}")
+    lines = [
+        f"floors at {gigabytes:,.0f} GB/s and {given},",
+        "each token to one expert, all as likely" + (", and to the shared one" if shared else ""),
+        f"{'model':10}{'':6}{'tokens':>10}{'experts':>9}{'MB':>9}{'GFLOP':>10}{'memory us':>12}{'math us':>11}",
+    ]
     for model in models:
         for precision, rate in teraflops.items():
             for count in tokens:
                 experts = touched(model.experts, count)
-                alone, both = (work_of(model, count, precision, experts, shared) for shared in (False, True))
-                cells = [f"{model.name:10}{precision:6}{count:8,}{experts:9.1f}"]
-                memory, math = alone.floors(gigabytes, rate)
-                cells.append(f"{alone.bytes / 1e6:9,.0f}{alone.flops / 1e9:10,.1f}{memory:11,.1f}{math:10,.1f}")
-                memory, math = both.floors(gigabytes, rate)
-                cells.append(f"{both.bytes / 1e6:18,.0f}{memory:11,.1f}{math:10,.1f}")
-                lines.append("".join(cells))
+                work = work_of(model, count, precision, experts, shared)
+                memory, math = work.floors(gigabytes, rate)
+                head = f"{model.name:10}{precision:6}{count:10,}{experts + shared:9.1f}"
+                lines.append(f"{head}{work.bytes / 1e6:9,.0f}{work.flops / 1e9:10,.1f}{memory:12,.1f}{math:11,.1f}")
     return lines

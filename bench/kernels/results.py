@@ -75,8 +75,20 @@ def read(path: Path) -> Run:
     """From JSON.
 
     Raises:
-        ValueError: it is not what a run has written.
+        ValueError: it is not what a run has written; says in a line why.
+        OSError: it cannot be read.
     """
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
-    return TypeAdapter(Run).validate_json(path.read_bytes())
+    try:
+        return TypeAdapter(Run).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        if first["type"] == "json_invalid":
+            raise ValueError("it is not JSON") from error
+        if first["type"] == "missing":
+            raise ValueError(f"it has no {place}") from error
+        if not place:
+            raise ValueError("it holds no run's figures") from error
+        raise ValueError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}") from error

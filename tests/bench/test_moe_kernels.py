@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 import xml.etree.ElementTree as ET
@@ -50,8 +51,44 @@ def test_the_table_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arithmetic", "--models", "scout", "--tokens", "1", "4096", "--bandwidth", "4300", "--fp8", "1979"]
     assert moe_kernels.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 4 and "4,300 GB/s" in lines[0]
-    assert lines[2].split()[:3] == ["scout", "fp8", "1"] and "58.6" in lines[2].split()
+    assert len(lines) == 3 + 4 and "4,300 GB/s" in lines[0]
+    assert lines[3].split() == ["scout", "fp8", "1", "1.0", "126", "0.3", "29.3", "0.1"]
+    assert moe_kernels.main([*arguments, "--shared"]) == 0
+    both = capsys.readouterr().out.splitlines()
+    assert both[3].split() == ["scout", "fp8", "1", "2.0", "252", "0.5", "58.6", "0.3"]
+    assert moe_kernels.main(["--arithmetic", "--tokens", "1", "16384", "1000000"]) == 0
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        moe_kernels.main(["--help"])
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--bandwidth", text] for text in ("0", "-1", "nan", "inf", "fast")),
+        *(["--tokens", text] for text in ("0", "-1", "1.5", "")),
+        *[["--rounds", "0"], ["--fp8", "0"], ["--bf16", "-0.0"]],
+    ],
+)
+def test_rates_and_counts_are_positive(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        moe_kernels.main(["--arithmetic", *arguments])
+    assert f"argument {arguments[0]}: {arguments[1]} is no " in capsys.readouterr().err
+
+
+def test_a_reader_may_have_enough() -> None:
+    command = [sys.executable, moe_kernels.__file__, "--arithmetic", "--tokens", *map(str, range(1, 5001))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"floors at")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +158,35 @@ def test_plotting_earlier_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert drawing.read_text().startswith("<svg")
     assert moe_kernels.main(["--from", str(path), "--plot", str(drawing), "--skew", "zipf"]) == 2
     assert "nothing was measured with zipf routing" in capsys.readouterr().err
-    path.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is not JSON"),
+        (b"\x7fELF\xff", "it is not JSON"),
+        (b"{}", "it has no machine"),
+        (b"[]", "it holds no run's figures"),
+        (b'{"machine": {}, "copy_gigabytes": "x", "teraflops": {}}', "copy_gigabytes: input should be a valid number"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_other_files_are_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_bytes(content)
     assert moe_kernels.main(["--from", str(path)]) == 2
-    assert f"error: {path}: " in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"error: {path}: {reason}")
+    assert lines[1:] == ["hint: give a file that --json has written"]
+
+
+def test_what_cannot_be_written_is_known_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, place in (("--json", tmp_path), ("--plot", tmp_path / "none" / "run.svg")):
+        assert moe_kernels.main(["--from", "none.json", option, str(place)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {place} cannot be written\nhint: ")
 
 
 def test_a_contender_that_differs_fails_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,23 +1,9 @@
-// Runs cases through a plugin library as TensorRT would, and judges what comes out; without TensorRT and Python.
-//
-//   shuntyard_conformance LIBRARY CASES [options]        CASES: a file, or - for stdin: gzip -dc cases.bin.gz | ... -
-//
-//   --tactic N        with tactic N, in the cases that have it
-//   --every-tactic    with the default, and then with every tactic that the plugin or the C interface has
-//   --except N        but not with tactic N
-//   --shift N         tensors lie N bytes, a multiple of 4, behind multiples of 256: what wants more must not run
-//   --only TEXT       the cases whose names hold this
-//   --every N         the first of each N cases
-//   --outputs FILE    also writes what came out (of the first run of each case and tactic) for Python to judge:
-//                     text name, i32 tactic, u32 outputs, each u64 bytes and so many; u64 and text as in cases.h
-//   --most-failures N how many failures are printed in full (20)
-//   --time            times the cases instead: microseconds a call, on copies of the inputs that no cache holds
-//
-// Each case runs twice from the plugin's enqueue and, on a GPU, once from a graph that was captured from it: with other
-// bytes in outputs, workspace and guards each time, and the same bytes must come out. Exit status: 0 all is well,
-// 1 something failed, 2 it could not run.
+// The program: kUsage says what it does.
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <climits>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -33,10 +19,38 @@
 namespace conformance {
 namespace {
 
+constexpr char kUsage[] = R"(Runs cases through a plugin library as TensorRT would, and judges what comes
+out; without TensorRT and Python.
+
+  shuntyard_conformance LIBRARY CASES [options]
+
+  LIBRARY           libshuntyard_plugins.so
+  CASES             a file, or - for stdin: gzip -dc cases.bin.gz | ... -
+  --tactic N        with tactic N, in the cases that have it
+  --every-tactic    with the default, and then with every tactic that the
+                    plugin or the C interface has
+  --except N        but not with tactic N
+  --shift N         tensors lie N bytes, a multiple of 4, behind multiples of
+                    256: what wants more must not run
+  --only TEXT       the cases whose names hold this
+  --every N         the first of each N cases
+  --outputs FILE    also writes what came out (of the first run of each case and
+                    tactic) for Python to judge
+  --most-failures N how many failures are printed in full (20)
+  --time            times the cases instead: microseconds a call, on copies of
+                    the inputs that no cache holds; on a GPU
+  --help            this
+
+Each case runs twice from the plugin's enqueue and, on a GPU, once from a graph
+that was captured from it: with other bytes in outputs, workspace and guards
+each time, and the same bytes must come out. Exit status: 0 all is well,
+1 something failed, 2 it could not run.
+)";
+
 struct Options {
     std::string library, cases, only, outputs;
     int32_t tactic = 0, left_out = -1;
-    bool every_tactic = false, time = false;
+    bool every_tactic = false, time = false, help = false;
     unsigned long every = 1, most_failures = 20, shift = 0;
 };
 
@@ -123,6 +137,7 @@ std::string run(Session& session, Arena& arena, const Case& made, std::vector<By
     return {};
 }
 
+// As in --outputs: text name, i32 tactic, u32 outputs, each u64 bytes and so many; u64 and text as in cases.h.
 void write_outputs(std::FILE* to, const Case& made, int32_t tactic, const std::vector<Bytes>& outputs) {
     const uint16_t length = static_cast<uint16_t>(made.name.size());
     const uint32_t count = static_cast<uint32_t>(outputs.size());
@@ -268,11 +283,16 @@ int run_all(const Options& options) {
     return tally.failures == 0 ? status : 1;
 }
 
-unsigned long whole(const char* text) {
+unsigned long whole(const std::string& option, const char* text, unsigned long least, unsigned long most) {
     char* end = nullptr;
+    errno = 0;
     const unsigned long value = std::strtoul(text, &end, 10);
     if (*text < '0' || *text > '9' || *end != '\0') {
-        throw std::runtime_error(std::string(text) + " is no number");
+        throw std::runtime_error(option + ": " + text + " is no number");
+    }
+    if (errno != 0 || value < least || value > most) {
+        throw std::runtime_error(option + ": " + text + " is not from " + std::to_string(least) + " to " +
+                                 std::to_string(most));
     }
     return value;
 }
@@ -288,10 +308,13 @@ Options parse(int argc, char** argv) {
             }
             return argv[++i];
         };
+        const auto number = [&](unsigned long least, unsigned long most) {
+            return whole(option, value(), least, most);
+        };
         if (option == "--tactic") {
-            options.tactic = static_cast<int32_t>(whole(value()));
+            options.tactic = static_cast<int32_t>(number(0, INT32_MAX));
         } else if (option == "--except") {
-            options.left_out = static_cast<int32_t>(whole(value()));
+            options.left_out = static_cast<int32_t>(number(0, INT32_MAX));
         } else if (option == "--every-tactic") {
             options.every_tactic = true;
         } else if (option == "--time") {
@@ -299,14 +322,17 @@ Options parse(int argc, char** argv) {
         } else if (option == "--only") {
             options.only = value();
         } else if (option == "--every") {
-            options.every = std::max(1ul, whole(value()));
+            options.every = number(1, LONG_MAX);
         } else if (option == "--shift") {
-            options.shift = whole(value());
+            options.shift = number(0, 252);
         } else if (option == "--outputs") {
             options.outputs = value();
         } else if (option == "--most-failures") {
-            options.most_failures = whole(value());
-        } else if (option.rfind("--", 0) == 0) {
+            options.most_failures = number(0, LONG_MAX);
+        } else if (option == "--help" || option == "-h") {
+            options.help = true;
+            return options;
+        } else if (option.size() > 1 && option[0] == '-') {
             throw std::runtime_error("there is no option " + option);
         } else {
             paths.push_back(option);
@@ -316,7 +342,7 @@ Options parse(int argc, char** argv) {
         throw std::runtime_error("--shift must be a multiple of 4");
     }
     if (paths.size() != 2) {
-        throw std::runtime_error("give a plugin library and a file of cases");
+        throw std::runtime_error("give a plugin library and a file of cases; --help says more");
     }
     options.library = paths[0];
     options.cases = paths[1];
@@ -328,7 +354,12 @@ Options parse(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     try {
-        return conformance::run_all(conformance::parse(argc, argv));
+        const conformance::Options options = conformance::parse(argc, argv);
+        if (options.help) {
+            std::fputs(conformance::kUsage, stdout);
+            return 0;
+        }
+        return conformance::run_all(options);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "shuntyard_conformance: %s\n", error.what());
         return 2;
