@@ -133,9 +133,13 @@ template <typename X>
 __device__ uint32_t pack(float low, float high);
 template <>
 __device__ inline uint32_t pack<Half>(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    return from_float<Half>(low).bits | uint32_t{from_float<Half>(high).bits} << 16;
+#else
     uint32_t both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+#endif
 }
 template <>
 __device__ inline uint32_t pack<Bfloat>(float low, float high) {
