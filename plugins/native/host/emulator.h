@@ -5,8 +5,9 @@
 // the process with a message where a kernel breaks a rule of the architecture or waits for ever.
 //
 // What it cannot find: a race that comes out right for every seed tried; a missing sync_warp where a shuffle stands
-// (which orders no memory on a device, and does here); a race between blocks that are in no cluster, which run one
-// after the other, in any order; what is merely slow.
+// (which orders no memory on a device, and does here), or a missing sync_some where the warps of a group multiply
+// together (all four meet there, which on a device they need not); a race between blocks that are in no cluster, which
+// run one after the other, in any order; what is merely slow.
 //
 //   launches.cpp  launches and the scheduler
 //   fibers.cpp    fibers and their stacks
