@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from bench.kernels.ours import ExpertWeights as ExpertWeights  # the tests of this folder have it from here
 from shuntyard.plugins import contract
 from shuntyard.plugins.contract import ExpertsForm
 from tests.plugins.forms import FORMATS, FP8, Array, Weights, fitting, make_weights
@@ -135,23 +136,6 @@ CHUNKS: dict[str, Any] = {"T": 130, "E": 5, "K": 4, "H": 8, "F": 5, "skew": "tie
 ALL_FILLS = (0xFF, 0x00, 0x7B)  # NaN, zero, and a large number in every float format
 
 
-class ExpertWeights(ctypes.Structure):
-    """``struct shuntyard_expert_weights``."""
-
-    _fields_ = (
-        ("layout", ctypes.c_int),
-        ("type", ctypes.c_int),
-        ("scaling", ctypes.c_int),
-        ("scale_type", ctypes.c_int),
-        ("group_size", ctypes.c_int64),
-        ("weights", ctypes.POINTER(ctypes.c_void_p)),
-        ("scales", ctypes.POINTER(ctypes.c_void_p)),
-        ("activations", ctypes.c_int),
-        ("activation_scale_type", ctypes.c_int),
-        ("activation_scales", ctypes.POINTER(ctypes.c_void_p)),
-    )
-
-
 def expert_weights(made: Weights, memories: Sequence[Fenced]) -> ExpertWeights:
     """The struct for the three lists, one after the other, that lie in such memory."""
     rest = iter(memories)
@@ -180,6 +164,10 @@ class Native:
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.shuntyard_status_text.restype = ctypes.c_char_p
+
+    def seed(self, number: int) -> None:
+        """The order in which the emulator runs threads from here on."""
+        self.library.test_seed(ctypes.c_uint64(number))
 
     def workspace_size(self, name: str, types: tuple[int, ...], sizes: tuple[int, ...], activations: int = 0) -> int:
         """Of a call with these type codes and sizes, in the order of the C function's arguments."""
@@ -307,6 +295,16 @@ def broken(rng: np.random.Generator, count: int, near: int) -> Array:
     return np.choose(rng.choice(4, size=count, p=[0.1, 0.1, 0.4, 0.4]), [far, limits, close, abs(close) % near]).astype(
         np.int32
     )
+
+
+def broken_feeds(rng: np.random.Generator, feeds: dict[str, Array], order: bool) -> dict[str, Array]:
+    """The experts' inputs with broken indices; the offsets of experts rise with ``order``."""
+    rows, offsets = len(feeds["permutation"]), broken(rng, len(feeds["expert_offsets"]), len(feeds["permutation"]))
+    return {
+        **feeds,
+        "expert_offsets": np.sort(offsets) if order else offsets,
+        "permutation": broken(rng, rows, rows),
+    }
 
 
 def same_numbers(got: Array, expected: Array) -> None:

@@ -142,7 +142,7 @@ def test_warp_products(on_host: Native, seed: int, operand: int) -> None:
     b = rng.normal(size=(depth, 8)).astype(OPERANDS[operand])
     d = rng.normal(size=(16, 8)).astype(np.float32)
     expected = d + a.astype(np.float64) @ b.astype(np.float64)
-    on_host.library.test_seed(ctypes.c_uint64(seed))
+    on_host.seed(seed)
     words = words_of(a), words_of(b.T)
     assert on_host.library.test_multiply(operand, *map(pointer, words), pointer(d)) == 0
     np.testing.assert_allclose(d, expected, rtol=0, atol=1e-5)
@@ -170,7 +170,7 @@ def test_group_products(on_host: Native, seed: int, shape: tuple[int, int, int],
     b = rng.normal(size=(depth, columns)).astype(OPERANDS[operand])
     d = rng.normal(size=(64, columns)).astype(np.float32)
     expected = d + a.astype(np.float64) @ b.astype(np.float64)
-    on_host.library.test_seed(ctypes.c_uint64(seed))
+    on_host.seed(seed)
     assert group_product(on_host, operand, major, a, b, d, stages, columns) == 0
     np.testing.assert_allclose(d, expected, rtol=0, atol=3e-4)
 
@@ -183,7 +183,7 @@ def test_group_products_of_registers(on_host: Native, seed: int, operand: int, c
     b = rng.normal(size=(columns, 64)).astype(OPERANDS[operand])
     d = rng.normal(size=(64, columns)).astype(np.float32)
     expected = d + a.astype(np.float64) @ b.T.astype(np.float64)
-    on_host.library.test_seed(ctypes.c_uint64(seed))
+    on_host.seed(seed)
     stored = Fenced.holding(b)
     words = words_of(a)
     places = pointer(words), ctypes.c_void_p(stored.address), pointer(d)
@@ -240,7 +240,7 @@ def test_tma_loads(
     # The last row's padding is not there: what lies beside the matrix must not be read.
     stored = Fenced.holding(matrix.view(np.uint8).reshape(-1)[: pitch * (rows - 1) + columns * size], at_start=True)
     made = Fenced(expected.size)
-    on_host.library.test_seed(ctypes.c_uint64(seed))
+    on_host.seed(seed)
     extents = (ctypes.c_int64(value) for value in (columns, rows, pitch))
     places = ctypes.c_void_p(stored.address), ctypes.c_void_p(made.address)
     assert on_host.library.test_tma_load(size, places[0], *extents, box_rows, column, row, places[1]) == 0
@@ -270,7 +270,7 @@ def test_warps_exchange(on_host: Native, seed: int) -> None:
     values = rng.integers(0, 2**24, size=32).astype(np.uint32)
     lanes = rng.integers(0, 32, size=32).astype(np.int32)
     out = np.zeros((12, 32), np.uint32)
-    on_host.library.test_seed(ctypes.c_uint64(seed))
+    on_host.seed(seed)
     assert on_host.library.test_exchange(pointer(values), pointer(lanes), pointer(out)) == 0
     every = np.arange(32)
     floats = values.astype(np.float32)

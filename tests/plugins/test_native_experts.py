@@ -37,7 +37,7 @@ from tests.plugins.native_build import (
     Fenced,
     Memory,
     Native,
-    broken,
+    broken_feeds,
     cases,
     expert_weights,
     feeds_of,
@@ -246,9 +246,7 @@ def test_experts_with_broken_indices(
     case = {**CHUNKS, "T": tokens, "K": top_k, "E": experts, "H": 6, "F": 3, "seed": seed}
     feeds, made, _ = feeds_of(case, "fp32", "fp32", form_of(kind, experts))
     rows_count = tokens * top_k
-    offsets = broken(rng, experts + 1, rows_count)
-    feeds["expert_offsets"] = np.sort(offsets) if order else offsets
-    feeds["permutation"] = broken(rng, rows_count, rows_count)
+    feeds = broken_feeds(rng, feeds, order)
 
     results = []
     for fill in ALL_FILLS:

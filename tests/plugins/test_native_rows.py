@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,12 +49,12 @@ for _ in range(2):
 def usual_device(on_host: Native) -> Iterator[None]:
     yield
     on_host.library.test_device(90, 4)
-    on_host.library.test_seed(ctypes.c_uint64(1))
+    on_host.seed(1)
 
 
 def play(on_host: Native, device: str, seed: int) -> None:
     on_host.library.test_device(*DEVICES[device])
-    on_host.library.test_seed(ctypes.c_uint64(seed))
+    on_host.seed(seed)
 
 
 def logits_like(rng: np.random.Generator, kind: str, tokens: int, experts: int) -> Array:

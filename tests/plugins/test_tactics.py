@@ -68,11 +68,6 @@ def device(on_host: Native) -> Iterator[Any]:
     become(90)
 
 
-def seed(native: Native, number: int) -> None:
-    """The order in which the emulator runs threads."""
-    native.library.test_seed(ctypes.c_uint64(number))
-
-
 def check_rows(rows: Array, feeds: dict[str, Array], made: Weights, top_k: int, compute: str) -> None:
     if made.form.activations == "none":
         ONE_OP[compute].check(rows, by_oracle(feeds, made, top_k))
@@ -209,7 +204,7 @@ def test_hopper(
     kind, tactic = with_tactic
     case = {**case, "K": min(case["K"], case["E"])}
     feeds, made, top_k = feeds_of(case, compute, compute, form_of(kind, case["E"]))
-    seed(on_host, order)
+    on_host.seed(order)
     status, rows = on_host.experts(feeds, made, top_k, Memory(at_start=at_start), tactic)
     assert status == OK
     check_rows(rows, feeds, made, top_k, compute)
@@ -260,7 +255,7 @@ def test_hopper_with_weights_that_become_16_bit(
     unit = 128 if kind[1] == "group" else 64
     case = {**case, "K": min(case["K"], case["E"]), "H": unit * blocks[0], "F": unit * blocks[1]}
     feeds, made, top_k = feeds_of_whole_blocks(case, compute, stored, kind, group_size)
-    seed(on_host, order)
+    on_host.seed(order)
     status, rows = on_host.experts(feeds, made, top_k, PLAIN, tactic)
     assert status == OK
     check_rows(rows, feeds, made, top_k, compute)
@@ -293,7 +288,7 @@ def test_hopper_gives_the_same_bits_in_any_order(
     feeds, made, top_k = feeds_of_whole_blocks(case, "bf16", "bf16", kind, 32)
     seen = set()
     for order, multiprocessors in enumerate((1, 3, 132)):
-        seed(on_host, order)
+        on_host.seed(order)
         device(90, multiprocessors)
         status, rows = on_host.experts(feeds, made, top_k, tactic=tactic)
         assert status == OK

@@ -1,4 +1,4 @@
-// What the direct family takes, and which of its files a call goes to.
+// The experts by mma.sync: what they take, and from a call to its launches, in the file of its form.
 #include "kernels/direct.h"
 
 #include <initializer_list>
@@ -9,20 +9,9 @@ namespace {
 // Numbers of K and channels, and their products, that 32 bits on the device hold: more than any model has.
 constexpr int64_t kMostExtent = (1 << 20) - 128;
 
-bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-bool all_on_16_bytes(const Matrices& matrices, int64_t experts) {
-    for (int64_t e = 0; e < experts; ++e) {
-        if (!on_16_bytes(matrices.data[e])) {
-            return false;
-        }
-    }
-    return true;
-}
-
 // By types and layout alone.
-DirectForm form_of_types(const DirectCall& call) {
-    const bool along_k = call.matrices->gate.stride_in == 1;
+DirectForm form_of_types(const Experts& call) {
+    const bool along_k = call.matrices.gate.stride_in == 1;
     if (call.x_type != SHUNTYARD_FP16 && call.x_type != SHUNTYARD_BF16) {
         return DirectForm::kNone;
     }
@@ -33,7 +22,7 @@ DirectForm form_of_types(const DirectCall& call) {
         return DirectForm::kNone;
     }
     switch (call.weight_type) {
-        case SHUNTYARD_E4M3: return call.activations == SHUNTYARD_AS_THEY_ARE ? DirectForm::kE4m3 : DirectForm::kCodes;
+        case SHUNTYARD_E4M3: return call.quantised() ? DirectForm::kCodes : DirectForm::kE4m3;
         case SHUNTYARD_INT4: return DirectForm::kInt4;
         default: return DirectForm::kNone;
     }
@@ -49,7 +38,7 @@ int64_t unit_of(DirectForm form) {
     }
 }
 
-using Launch = int (*)(const DirectCall&, bool, int);
+using Launch = int (*)(const Experts&, bool, int);
 
 Launch launch_of(DirectForm form) {
     switch (form) {
@@ -62,24 +51,19 @@ Launch launch_of(DirectForm form) {
     }
 }
 
-int launch_product(const DirectCall& call, bool down, int tokens) {
-    const DirectForm form = direct_form(call);
-    if (!direct_has_tile(form, tokens)) {
-        return SHUNTYARD_INVALID_ARGUMENT;
-    }
-    return call.all_rows == 0 ? SHUNTYARD_OK : launch_of(form)(call, down, tokens);
-}
-
-}  // namespace
-
-DirectForm direct_form(const DirectCall& call) {
+// The form of the call's products: kNone if there are no kernels, be it for its types, its extents, or an address that
+// 16 bytes cannot be loaded from.
+//
+// K, of both products, must be a multiple of what 16 bytes of weights hold; a group of INT4, of 32; along N, both
+// extents of 8.
+DirectForm form_of(const Experts& call) {
     const DirectForm form = form_of_types(call);
     const int64_t unit = unit_of(form);
-    if (call.hidden % unit != 0 || call.intermediate % unit != 0 || call.hidden > kMostExtent ||
+    if (call.width % unit != 0 || call.intermediate % unit != 0 || call.width > kMostExtent ||
         call.intermediate > kMostExtent) {
         return DirectForm::kNone;
     }
-    const ExpertMatrices& matrices = *call.matrices;
+    const ExpertMatrices& matrices = call.matrices;
     if (form == DirectForm::kInt4) {
         for (const Matrices* each : {&matrices.gate, &matrices.up, &matrices.down}) {
             // The number of a scale fits 32 bits.
@@ -88,29 +72,36 @@ DirectForm direct_form(const DirectCall& call) {
             }
         }
     }
-    for (const void* pointer : {call.x, static_cast<const void*>(call.hidden_rows), static_cast<const void*>(call.rows),
+    for (const void* pointer : {call.x, static_cast<const void*>(call.hidden), static_cast<const void*>(call.rows),
                                 static_cast<const void*>(call.gate_codes), static_cast<const void*>(call.up_codes),
                                 static_cast<const void*>(call.hidden_codes)}) {
         if (!on_16_bytes(pointer)) {
             return DirectForm::kNone;
         }
     }
-    const bool aligned = all_on_16_bytes(matrices.gate, call.experts) && all_on_16_bytes(matrices.up, call.experts) &&
-                         all_on_16_bytes(matrices.down, call.experts);
-    return aligned ? form : DirectForm::kNone;
+    return weights_on_16_bytes(matrices, call.experts) ? form : DirectForm::kNone;
 }
 
-bool direct_has_tile(DirectForm form, int tokens) {
-    switch (tokens) {
-        case 8:
-        case 16: return form != DirectForm::kNone;
-        case 32:
-        case 64: return form != DirectForm::kNone && form != DirectForm::kAlongN;
-        default: return false;
+}  // namespace
+
+bool direct_takes(const Experts& call, int tokens_of_tile) {
+    if (call.device.capability < 89 || call.device.code < 89) {
+        return false;
     }
+    const DirectForm form = form_of(call);
+    return form != DirectForm::kNone && (tokens_of_tile <= 16 || form != DirectForm::kAlongN);
 }
 
-int direct_gate_up(const DirectCall& call, int tokens) { return launch_product(call, false, tokens); }
-int direct_down(const DirectCall& call, int tokens) { return launch_product(call, true, tokens); }
+int run_direct(const Experts& call, int tokens_of_tile) {
+    const Launch launch_products = launch_of(form_of_types(call));
+    if (call.quantised()) {
+        SHUNTYARD_TRY(prepare_inputs(call));
+    }
+    SHUNTYARD_TRY(launch_products(call, false, tokens_of_tile));
+    if (call.quantised()) {
+        SHUNTYARD_TRY(prepare_hidden(call));
+    }
+    return launch_products(call, true, tokens_of_tile);
+}
 
 }  // namespace shuntyard

@@ -36,9 +36,7 @@ struct DirectResult {
     __device__ X made(const float (&sum)[F::kMatrices], int32_t row, int32_t own) const {
         const float first = scaled(sum[0], 0, row, own);
         if constexpr (F::kMatrices == 2) {
-            const float gate = rounded_to<X>(first);
-            const float activated = gate * sigmoid(gate);
-            return from_float<X>(activated * rounded_to<X>(scaled(sum[1], 1, row, own)));
+            return from_float<X>(swiglu_of<X>(first, scaled(sum[1], 1, row, own)));
         } else {
             return from_float<X>(first);
         }
@@ -167,7 +165,7 @@ void fill_tables(DirectTask<F>& task, const DirectPart (&parts)[F::kMatrices], i
 }
 
 template <class P>
-int launch_plan(const DirectCall& call, const DirectPart (&parts)[P::F::kMatrices]) {
+int launch_plan(const Experts& call, const DirectPart (&parts)[P::F::kMatrices]) {
     using F = typename P::F;
     const bool down = F::kMatrices == 1;
     const Matrices& matrix = *parts[0].matrices;
@@ -180,12 +178,12 @@ int launch_plan(const DirectCall& call, const DirectPart (&parts)[P::F::kMatrice
     task.factors = call.factors;
     task.expert_offsets = call.expert_offsets;
     task.permutation = call.permutation;
-    task.out = down ? call.rows : call.hidden_rows;
+    task.out = down ? call.rows : call.hidden;
     task.all_rows = static_cast<int32_t>(call.all_rows);
     task.top_k = static_cast<int32_t>(call.top_k);
     task.experts = static_cast<int32_t>(call.experts);
-    task.depth = static_cast<int32_t>(down ? call.intermediate : call.hidden);
-    task.channels = static_cast<int32_t>(down ? call.hidden : call.intermediate);
+    task.depth = static_cast<int32_t>(down ? call.intermediate : call.width);
+    task.channels = static_cast<int32_t>(down ? call.width : call.intermediate);
     // In bytes, by the size of an element: 2, 1, or half a byte.
     const int64_t stride = F::kAlongN ? matrix.stride_in : matrix.stride_out;
     task.pitch = static_cast<uint32_t>(F::kInt4 ? stride / 2 : F::kTables >= 2 ? stride : stride * 2);
@@ -210,7 +208,7 @@ int launch_plan(const DirectCall& call, const DirectPart (&parts)[P::F::kMatrice
 }
 
 template <class F>
-int launch_tile(const DirectCall& call, const DirectPart (&parts)[F::kMatrices], int tokens) {
+int launch_tile(const Experts& call, const DirectPart (&parts)[F::kMatrices], int tokens) {
     switch (tokens) {
         case 8: return launch_plan<DirectPlan<F, 8>>(call, parts);
         case 16: return launch_plan<DirectPlan<F, 16>>(call, parts);
@@ -227,11 +225,11 @@ int launch_tile(const DirectCall& call, const DirectPart (&parts)[F::kMatrices],
 }
 
 template <typename X, DirectForm kForm>
-int launch_form(const DirectCall& call, bool down, int tokens) {
+int launch_form(const Experts& call, bool down, int tokens) {
     constexpr bool kCodes = kForm == DirectForm::kCodes;
-    const ExpertMatrices& matrices = *call.matrices;
+    const ExpertMatrices& matrices = call.matrices;
     if (down) {
-        const void* const rows = kCodes ? static_cast<const void*>(call.hidden_codes) : call.hidden_rows;
+        const void* const rows = kCodes ? static_cast<const void*>(call.hidden_codes) : call.hidden;
         const DirectPart parts[1] = {{&matrices.down, rows}};
         return launch_tile<DirectFormat<X, kForm, 1>>(call, parts, tokens);
     }
@@ -241,7 +239,7 @@ int launch_form(const DirectCall& call, bool down, int tokens) {
 }
 
 template <DirectForm kForm>
-int launch_form(const DirectCall& call, bool down, int tokens) {
+int launch_form(const Experts& call, bool down, int tokens) {
     switch (call.x_type) {
         case SHUNTYARD_FP16: return launch_form<Half, kForm>(call, down, tokens);
         case SHUNTYARD_BF16: return launch_form<Bfloat, kForm>(call, down, tokens);

@@ -42,7 +42,7 @@ bool valid(int64_t tokens, int64_t top_k, int64_t hidden, int64_t intermediate) 
 void place(Experts& call, void* workspace) {
     const Places places(call.x_type, call.activations, call.all_rows, call.width, call.intermediate);
     char* const start = static_cast<char*>(workspace);
-    const bool quantised = call.activations != SHUNTYARD_AS_THEY_ARE;
+    const bool quantised = call.quantised();
     call.scaled = quantised ? nullptr : start + places.scaled;
     call.hidden = start + places.hidden;
     call.gate_codes = quantised ? reinterpret_cast<E4m3*>(start + places.gate_codes) : nullptr;
@@ -55,20 +55,20 @@ void place(Experts& call, void* workspace) {
 
 }  // namespace
 
-int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps, int chunk) {
+int prepare_inputs(const Experts& call, const WeightMaps* maps, int chunk) {
     Preparation task{};
     task.rows = call.x;
     task.scores = call.scores;
     task.permutation = call.permutation;
     task.expert_offsets = call.expert_offsets;
-    task.scaled = as == Inputs::kScaled ? call.scaled : nullptr;
-    task.codes = as == Inputs::kCodes ? call.gate_codes : nullptr;
-    task.more_codes = as == Inputs::kCodes && call.up_codes != call.gate_codes ? call.up_codes : nullptr;
-    task.factors = as == Inputs::kCodes ? call.factors : nullptr;
+    task.scaled = call.scaled;
+    task.codes = call.gate_codes;
+    task.more_codes = call.up_codes != call.gate_codes ? call.up_codes : nullptr;
+    task.factors = call.factors;
     task.orphans = call.rows;
     task.all_rows = call.all_rows;
     task.top_k = call.top_k;
-    task.width = task.orphan_width = call.width;
+    task.width = call.width;
     task.experts = static_cast<int32_t>(call.experts);
     task.chunk = chunk;
     return prepare(call.x_type, task, given_scales(call.matrices.gate), given_scales(call.matrices.up), maps,
@@ -111,10 +111,7 @@ Experts described(int x_type, const shuntyard_expert_weights& weights, int64_t t
     call.x_type = x_type;
     call.weight_type = weights.type;
     call.layout = weights.layout;
-    call.scaling = weights.scaling;
     call.activations = weights.activations;
-    call.group_size = weights.group_size;
-    call.tokens = tokens;
     call.all_rows = tokens * top_k;
     call.experts = experts;
     call.top_k = top_k;
@@ -176,5 +173,8 @@ int shuntyard_moe_experts(int x_type, const shuntyard_expert_weights* weights, c
     place(call, workspace);
     fill(call.matrices, *weights, experts, hidden, intermediate);
     SHUNTYARD_TRY(current_device(call.device));
-    return run(call, tactic == SHUNTYARD_BY_SHAPE ? by_shape(call) : tactic);
+    if (tactic == SHUNTYARD_BY_SHAPE) {
+        return run(call, by_shape(call));
+    }
+    return takes(call, tactic) ? run(call, tactic) : SHUNTYARD_UNSUPPORTED_TACTIC;
 }

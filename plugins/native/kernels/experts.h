@@ -13,9 +13,8 @@ struct Experts {
     const int32_t* expert_offsets;
     const int32_t* permutation;
     void* rows;
-    int x_type, weight_type, layout, scaling, activations;
-    int64_t group_size;
-    int64_t tokens, all_rows, experts, top_k, width, intermediate;  // width is H
+    int x_type, weight_type, layout, activations;
+    int64_t all_rows, experts, top_k, width, intermediate;  // width is H
     void* stream;
     Device device;
 
@@ -29,17 +28,14 @@ struct Experts {
     TensorMap* maps;     // [3E]
 
     ExpertMatrices matrices;
+
+    // Rows are multiplied as codes.
+    bool quantised() const { return activations != SHUNTYARD_AS_THEY_ARE; }
 };
 
-// What becomes of the inputs before the first product.
-enum class Inputs {
-    kScaled,
-    kCodes
-};
-
-// One launch: the inputs, gathered, scaled and maybe quantised; rows of no expert are NaN in the result. With maps,
+// One launch: the inputs, gathered and scaled, or that as codes; rows of no expert are NaN in the result. With maps,
 // descriptors of all weights, too. Chunk: of Preparation.
-int prepare_inputs(const Experts& call, Inputs as, const WeightMaps* maps = nullptr, int chunk = 0);
+int prepare_inputs(const Experts& call, const WeightMaps* maps = nullptr, int chunk = 0);
 
 // One launch: hidden rows as codes.
 int prepare_hidden(const Experts& call);

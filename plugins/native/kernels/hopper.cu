@@ -2,15 +2,13 @@
 // makes its own scale; down.
 #include "kernels/hopper.h"
 
-#include <initializer_list>
-
 #include "kernels/experts.h"
 #include "kernels/tensor_maps.h"
 
 namespace shuntyard {
 namespace {
 
-constexpr int64_t kPitch = 16;  // bytes: TMA's addresses and pitches are multiples of it
+constexpr int64_t kPitch = 16;  // bytes: TMA's pitches are multiples of it, and its addresses (on_16_bytes)
 
 // How rows and weights meet in a product.
 enum class Form {
@@ -31,10 +29,10 @@ Form form_of(const Experts& call) {
     if (call.layout != SHUNTYARD_LINEAR) {
         return Form::kNone;
     }
-    if (call.activations != SHUNTYARD_AS_THEY_ARE) {
+    if (call.quantised()) {
         return Form::kCodes;
     }
-    const bool whole_groups = call.weight_type == SHUNTYARD_INT4 && call.group_size % 32 == 0;
+    const bool whole_groups = call.weight_type == SHUNTYARD_INT4 && call.matrices.gate.group % 32 == 0;
     return call.weight_type == SHUNTYARD_E4M3 || whole_groups ? Form::kMixed : Form::kNone;
 }
 
@@ -46,8 +44,6 @@ int chunk_of(const Experts& call) { return is_int4(call) ? 32 : 16; }
 int row_bytes(Form form) { return form == Form::kCodes ? 1 : 2; }
 
 Major major_of(const Experts& call) { return call.layout == SHUNTYARD_LINEAR ? Major::kK : Major::kN; }
-
-bool aligned_for_tma(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPitch == 0; }
 
 // A map of rows [all_rows, width], in boxes of 64 rows by 128 bytes.
 int map_rows(TensorMap& map, const Experts& call, const void* rows, int64_t width) {
@@ -131,15 +127,9 @@ bool hopper_takes(const Experts& call, HopperTile tile) {
         call.intermediate > INT_MAX / 4) {
         return false;
     }
-    for (const Matrices* matrices : {&call.matrices.gate, &call.matrices.up, &call.matrices.down}) {
-        for (int64_t e = 0; e < call.experts; ++e) {
-            if (!aligned_for_tma(matrices->data[e])) {
-                return false;
-            }
-        }
-    }
     const bool outputs = reinterpret_cast<uintptr_t>(call.rows) % 4 == 0;
-    return outputs && aligned_for_tma(call.hidden) && aligned_for_tma(call.maps);
+    return outputs && on_16_bytes(call.hidden) && on_16_bytes(call.maps) &&
+           weights_on_16_bytes(call.matrices, call.experts);
 }
 
 int run_hopper(const Experts& call, HopperTile tile) {
@@ -152,8 +142,7 @@ int run_hopper(const Experts& call, HopperTile tile) {
     copy(maps.weights[0], call.matrices.gate.data);
     copy(maps.weights[1], call.matrices.up.data);
     copy(maps.weights[2], call.matrices.down.data);
-    SHUNTYARD_TRY(prepare_inputs(call, codes ? Inputs::kCodes : Inputs::kScaled, &maps,
-                                 form == Form::kMixed ? chunk_of(call) : 0));
+    SHUNTYARD_TRY(prepare_inputs(call, &maps, form == Form::kMixed ? chunk_of(call) : 0));
 
     HopperProduct pair{};
     const void* const inputs = codes ? call.gate_codes : call.scaled;

@@ -224,7 +224,8 @@ __device__ inline void mixed_finish(const HopperProduct& product, const HopperTi
             const int i = 4 * j + 2 * h;
             if constexpr (C::kPair) {
                 mixed_store<C>(product, place, thread, thread.channel(place, 0, h), row,
-                               swiglu_of<X>(sums[0][i], sums[1][i]), swiglu_of<X>(sums[0][i + 1], sums[1][i + 1]));
+                               swiglu_of<X, true>(sums[0][i], sums[1][i]),
+                               swiglu_of<X, true>(sums[0][i + 1], sums[1][i + 1]));
             } else {
 #pragma unroll
                 for (int p = 0; p < 2; ++p) {
@@ -243,24 +244,12 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     hopper_mixed([[maybe_unused]] SHUNTYARD_TABLE(HopperProduct) product,
                  [[maybe_unused]] SHUNTYARD_TABLE(MixedScales) scales) {
 #if SHUNTYARD_ON_HOPPER
-    HopperRing<C> ring;
-    hopper_begin<C>(ring);
-    if (threadIdx.x < kGroupThreads) {
-        fewer_registers();
-        if (threadIdx.x == 0) {
-            hopper_fill<C>(product);
-        }
-        return;
-    }
-    more_registers();
     const MixedThread<C> thread;
-    HopperWalk<C> walk(product);
-    HopperTilePlace place;
-    for (uint32_t tile = blockIdx.x; walk.find(tile, place); tile += gridDim.x) {
+    hopper_block<C>(product, [&](HopperRing<C>& ring, const HopperTilePlace& place) {
         float sums[2][C::kSums];
         mixed_sum<C>(product, scales, place, ring, thread, sums);
         mixed_finish<C>(product, place, thread, sums);
-    }
+    });
 #elif defined(__CUDA_ARCH__)
     __trap();  // never launched there
 #endif

@@ -296,12 +296,6 @@ __device__ inline float hopper_factor(const HopperProduct& product, const typena
     }
 }
 
-template <typename X>
-__device__ inline float swiglu_of(float gate, float up) {
-    const float rounded = rounded_to<X>(gate);
-    return rounded_to<X>(rounded * quick_sigmoid(rounded) * rounded_to<X>(up));
-}
-
 // Two neighbouring values of the result.
 template <class C>
 __device__ inline void hopper_store(const HopperProduct& product, int32_t row, int32_t column, float first,
@@ -365,8 +359,8 @@ __device__ inline void hopper_finish(const HopperProduct& product, const typenam
                 continue;
             }
             if constexpr (C::kPair) {
-                hopper_store<C>(product, first_row + 8 * h, column, swiglu_of<X>(values[0][0], values[1][0]),
-                                swiglu_of<X>(values[0][1], values[1][1]), next_scale);
+                hopper_store<C>(product, first_row + 8 * h, column, swiglu_of<X, true>(values[0][0], values[1][0]),
+                                swiglu_of<X, true>(values[0][1], values[1][1]), next_scale);
             } else {
                 hopper_store<C>(product, first_row + 8 * h, column, values[0][0], values[0][1], next_scale);
             }
@@ -387,13 +381,9 @@ __device__ inline void hopper_begin(const HopperRing<C>& ring) {
     sync_block();
 }
 
-#endif  // SHUNTYARD_ON_HOPPER
-
-template <class C>
-__global__ void __launch_bounds__(kHopperThreads, 1)
-    hopper_product([[maybe_unused]] SHUNTYARD_TABLE(HopperProduct) product,
-                   [[maybe_unused]] SHUNTYARD_TABLE(typename C::Scales) scales) {
-#if SHUNTYARD_ON_HOPPER
+// A block's whole work: one thread fills the ring, the warp groups behind it call compute(ring, place) for every tile.
+template <class C, typename Compute>
+__device__ inline void hopper_block(const HopperProduct& product, const Compute& compute) {
     HopperRing<C> ring;
     hopper_begin<C>(ring);
     if (threadIdx.x < kGroupThreads) {
@@ -404,15 +394,27 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         return;
     }
     more_registers();
-    const int group = static_cast<int>(threadIdx.x / kGroupThreads) - 1;
     HopperWalk<C> walk(product);
     HopperTilePlace place;
     for (uint32_t tile = blockIdx.x; walk.find(tile, place); tile += gridDim.x) {
+        compute(ring, place);
+    }
+}
+
+#endif  // SHUNTYARD_ON_HOPPER
+
+template <class C>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    hopper_product([[maybe_unused]] SHUNTYARD_TABLE(HopperProduct) product,
+                   [[maybe_unused]] SHUNTYARD_TABLE(typename C::Scales) scales) {
+#if SHUNTYARD_ON_HOPPER
+    const int group = static_cast<int>(threadIdx.x / kGroupThreads) - 1;
+    hopper_block<C>(product, [&](HopperRing<C>& ring, const HopperTilePlace& place) {
         float sums[C::kSums];
         hopper_bring_scales<C>(product, scales, place, group);
         hopper_sum<C>(product, ring, group, sums);
         hopper_finish<C>(product, scales, place, group, sums);
-    }
+    });
 #elif defined(__CUDA_ARCH__)
     __trap();  // never launched there
 #endif

@@ -19,23 +19,7 @@
 
 namespace shuntyard {
 
-template <typename Kernel, typename Arguments, size_t... Index>
-int launch_packed(Kernel* kernel, dim3 grid, dim3 block, void* stream, Arguments& arguments,
-                  std::index_sequence<Index...>) {
-    void* addresses[] = {&std::get<Index>(arguments)...};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, addresses, 0,
-                            static_cast<cudaStream_t>(stream));
-}
-
-// Enqueues kernel(arguments...) and returns the error of this very launch (kernel<<<...>>> would leave it to
-// cudaGetLastError, which may return somebody else's).
-template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, const Arguments&... arguments) {
-    std::tuple<Parameters...> packed{static_cast<Parameters>(arguments)...};
-    return launch_packed(kernel, grid, block, stream, packed, std::index_sequence_for<Parameters...>{});
-}
-
-// How a kernel is launched that uses shared memory or clusters.
+// How a kernel is launched.
 struct Shape {
     dim3 grid, block;
     unsigned cluster = 1;  // blocks of a cluster, along x
@@ -91,10 +75,18 @@ int launch_shaped(Kernel* kernel, const Shape& shape, void* stream, Arguments& a
     return cudaLaunchKernelExC(configuration.get(), function, addresses);
 }
 
+// Enqueues kernel(arguments...) and returns the error of this very launch (kernel<<<...>>> would leave it to
+// cudaGetLastError, which may return somebody else's).
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, const Arguments&... arguments) {
     std::tuple<Parameters...> packed{static_cast<Parameters>(arguments)...};
     return launch_shaped(kernel, shape, stream, packed, std::index_sequence_for<Parameters...>{});
+}
+
+// Of threads that need nothing of each other: the host build runs them one after another.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, const Arguments&... arguments) {
+    return launch(kernel, Shape{grid, block}, stream, arguments...);
 }
 
 // Whether the current device has room for a cluster of this shape. Asks without a launch, so a graph that is being
@@ -161,6 +153,9 @@ inline bool valid_rows(int64_t tokens, int64_t top_k) {
 }
 
 inline bool valid_columns(int64_t columns) { return columns >= 1 && ceil_div(columns, kBlock) <= kMaxBlocksY; }
+
+// Whether 16 bytes can be loaded at once from there.
+inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // One of the types that a kernel computes in, and that scales are of.
 inline bool valid_type(int type) { return type == SHUNTYARD_FP32 || type == SHUNTYARD_FP16 || type == SHUNTYARD_BF16; }

@@ -61,6 +61,16 @@ bool valid_activations(const shuntyard_expert_weights& weights) {
 
 }  // namespace
 
+bool weights_on_16_bytes(const ExpertMatrices& matrices, int64_t experts) {
+    for (int64_t e = 0; e < experts; ++e) {
+        if (!on_16_bytes(matrices.gate.data[e]) || !on_16_bytes(matrices.up.data[e]) ||
+            !on_16_bytes(matrices.down.data[e])) {
+            return false;
+        }
+    }
+    return true;
+}
+
 bool valid_form(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate) {
     if (!valid_activations(weights)) {
         return false;

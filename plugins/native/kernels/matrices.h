@@ -94,6 +94,9 @@ struct ExpertMatrices {
     Matrices gate, up, down;
 };
 
+// Whether every expert's matrices begin at multiples of 16 bytes.
+bool weights_on_16_bytes(const ExpertMatrices& matrices, int64_t experts);
+
 // Whether there are weights of such a form; and whether their lists are there.
 bool valid_form(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate);
 bool valid_weights(const shuntyard_expert_weights& weights, int64_t hidden, int64_t intermediate);

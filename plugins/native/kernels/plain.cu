@@ -71,9 +71,7 @@ struct GateAndUp {
                 gate_sum[r] = gate_factors.scaled(gate_sum[r], first + r, gate.scale(0));
                 up_sum[r] = up_factors.scaled(up_sum[r], first + r, up.scale(0));
             }
-            const float rounded_gate = rounded_to<X>(gate_sum[r]);
-            const float activated = rounded_gate * sigmoid(rounded_gate);
-            out[(first + r) * intermediate + column] = from_float<X>(activated * rounded_to<X>(up_sum[r]));
+            out[(first + r) * intermediate + column] = from_float<X>(swiglu_of<X>(gate_sum[r], up_sum[r]));
         }
     }
 };
@@ -198,7 +196,7 @@ int launch_project(const Experts& call, const Rows* activated) {
 template <typename X, typename W>
 int run(const Experts& call) {
     const X* const scaled = static_cast<const X*>(call.scaled);
-    SHUNTYARD_TRY(prepare_inputs(call, Inputs::kScaled));
+    SHUNTYARD_TRY(prepare_inputs(call));
     SHUNTYARD_TRY((launch_swiglu<X, W, X>(call, scaled, scaled)));
     return launch_project<X, W, X>(call, static_cast<const X*>(call.hidden));
 }
@@ -206,7 +204,7 @@ int run(const Experts& call) {
 // With E4M3 weights and quantised activations.
 template <typename X>
 int run_quantised(const Experts& call) {
-    SHUNTYARD_TRY(prepare_inputs(call, Inputs::kCodes));
+    SHUNTYARD_TRY(prepare_inputs(call));
     SHUNTYARD_TRY((launch_swiglu<X, E4m3, E4m3>(call, call.gate_codes, call.up_codes)));
     SHUNTYARD_TRY(prepare_hidden(call));
     return launch_project<X, E4m3, E4m3>(call, call.hidden_codes);
@@ -218,8 +216,7 @@ int run_for_weights(const Experts& call) {
         case SHUNTYARD_FP32: return run<X, float>(call);
         case SHUNTYARD_FP16: return run<X, Half>(call);
         case SHUNTYARD_BF16: return run<X, Bfloat>(call);
-        case SHUNTYARD_E4M3:
-            return call.activations == SHUNTYARD_AS_THEY_ARE ? run<X, E4m3>(call) : run_quantised<X>(call);
+        case SHUNTYARD_E4M3: return call.quantised() ? run_quantised<X>(call) : run<X, E4m3>(call);
         case SHUNTYARD_INT4: return run<X, Int4Word>(call);
         default: return SHUNTYARD_INVALID_ARGUMENT;
     }

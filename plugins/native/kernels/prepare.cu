@@ -20,13 +20,7 @@ struct Row {
     float score;
     bool scaled, exists;
 
-    __device__ float at(int64_t column) const {
-        if (!exists) {
-            return not_a_number();
-        }
-        const float value = to_float(values[column]);
-        return scaled ? rounded_to<X>(value * score) : value;
-    }
+    __device__ float made(X value) const { return scaled ? rounded_to<X>(to_float(value) * score) : to_float(value); }
 };
 
 template <typename X>
@@ -37,7 +31,7 @@ template <typename X, typename Take>
 __device__ inline void walk(const Row<X>& row, int64_t width, bool wide, const Take& take) {
     if (!wide || !row.exists) {
         for (int64_t column = threadIdx.x; column < width; column += blockDim.x) {
-            const float value[1] = {row.at(column)};
+            const float value[1] = {row.exists ? row.made(row.values[column]) : not_a_number()};
             take(column, value);
         }
         return;
@@ -60,8 +54,7 @@ __device__ inline void walk(const Row<X>& row, int64_t width, bool wide, const T
                 memcpy(piece, &raw[ahead], sizeof(piece));
                 float values[kVector<X>];
                 for (int i = 0; i < kVector<X>; ++i) {
-                    const float value = to_float(piece[i]);
-                    values[i] = row.scaled ? rounded_to<X>(value * row.score) : value;
+                    values[i] = row.made(piece[i]);
                 }
                 take(column, values);
             }
@@ -145,8 +138,8 @@ __device__ void prepare_row(const Preparation& task, const GivenScales& first, c
     }
     if (expert < 0) {
         if (task.orphans != nullptr) {
-            X* const out = static_cast<X*>(task.orphans) + row * task.orphan_width;
-            for (int64_t column = threadIdx.x; column < task.orphan_width; column += blockDim.x) {
+            X* const out = static_cast<X*>(task.orphans) + row * task.width;
+            for (int64_t column = threadIdx.x; column < task.width; column += blockDim.x) {
                 out[column] = from_float<X>(not_a_number());
             }
         }
@@ -223,8 +216,6 @@ __global__ void __launch_bounds__(kMostThreads)
         make_map(maps, number, task.experts);
     }
 }
-
-bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename X>
 int run(const Preparation& task, const GivenScales& first, const GivenScales& second, const WeightMaps& maps,

@@ -30,8 +30,8 @@ struct Preparation {
     E4m3* codes;       // [T*K, width], or null
     E4m3* more_codes;  // [T*K, width], by the second scales, or null
     float* factors;    // f32 [T*K]: every row makes its own; null: scales are given
-    void* orphans;     // X [T*K, orphan_width]: rows of no expert become NaN there; or null
-    int64_t all_rows, top_k, width, orphan_width;
+    void* orphans;     // X [T*K, width]: rows of no expert become NaN there; or null
+    int64_t all_rows, top_k, width;
     int32_t experts;
     int chunk;  // scaled rows lie as mixed_place says for such chunks; 0: in order
 };

@@ -153,7 +153,7 @@ int shuntyard_moe_routing(const float* logits, float* scores, int32_t* expert_of
         call.tokens = tokens;
         call.experts = static_cast<int32_t>(experts);
         call.top_k = static_cast<int32_t>(top_k);
-        call.whole_quads = experts % 4 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+        call.whole_quads = experts % 4 == 0 && on_16_bytes(logits);
         return route_at_once(call, workspace, stream);
     }
     const int64_t slots = tokens * top_k;

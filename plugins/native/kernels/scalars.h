@@ -183,4 +183,12 @@ __host__ __device__ inline float quick_sigmoid(float value) {
 #endif
 }
 
+// silu(gate) * up, rounded to X where the contract rounds.
+template <typename X, bool kQuick = false>
+__host__ __device__ inline float swiglu_of(float gate, float up) {
+    const float rounded = rounded_to<X>(gate);
+    const float slope = kQuick ? quick_sigmoid(rounded) : sigmoid(rounded);
+    return rounded_to<X>(rounded * slope * rounded_to<X>(up));
+}
+
 }  // namespace shuntyard

@@ -219,7 +219,7 @@ int run_in(const Addition& task, void* stream) {
     const size_t searched = tokens * task.top_k * sizeof(int32_t);
     if (task.all_rows <= kMostSearched && searched <= kSharedSpace) {
         shape.shared = searched;
-        const bool whole_quads = reinterpret_cast<uintptr_t>(task.permutation) % 16 == 0;
+        const bool whole_quads = on_16_bytes(task.permutation);
         return launch(search_and_add<X, kWide>, shape, stream, task, whole_quads);
     }
     SHUNTYARD_TRY(launch(invert, grid_of(ceil_div(task.all_rows, kBlock)), dim3(kBlock), stream, task.permutation,
@@ -229,9 +229,9 @@ int run_in(const Addition& task, void* stream) {
 
 template <typename X>
 int run(const Addition& task, void* stream) {
-    const auto together = reinterpret_cast<uintptr_t>(task.base) | reinterpret_cast<uintptr_t>(task.rows) |
-                          reinterpret_cast<uintptr_t>(task.out) | task.hidden * sizeof(X);
-    return together % 16 == 0 ? run_in<X, true>(task, stream) : run_in<X, false>(task, stream);
+    const bool wide =
+        on_16_bytes(task.base) && on_16_bytes(task.rows) && on_16_bytes(task.out) && task.hidden * sizeof(X) % 16 == 0;
+    return wide ? run_in<X, true>(task, stream) : run_in<X, false>(task, stream);
 }
 
 }  // namespace

@@ -79,9 +79,6 @@ int by_shape(const Experts& call) {
 }
 
 int run(const Experts& call, int tactic) {
-    if (!takes(call, tactic)) {
-        return SHUNTYARD_UNSUPPORTED_TACTIC;
-    }
     switch (kTactics[tactic].family) {
         case Tactic::kDirect: return run_direct(call, kTactics[tactic].tokens);
         case Tactic::kHopper: return run_hopper(call, kTactics[tactic].tile);

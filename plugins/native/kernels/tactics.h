@@ -9,10 +9,10 @@ namespace shuntyard {
 // call, its pointers, is taken to be right.
 bool takes(const Experts& call, int tactic);
 
-// The tactic that the table has for a call.
+// The tactic that the table has for a call: one that takes it.
 int by_shape(const Experts& call);
 
-// SHUNTYARD_UNSUPPORTED_TACTIC if it is none for the call.
+// By a tactic that takes the call.
 int run(const Experts& call, int tactic);
 
 }  // namespace shuntyard
