@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shuntyard.plugins import contract
 from shuntyard.plugins.contract import ExpertsForm
-from tests.plugins.bounds import bounds_of, check_between, relative_width
+from tests.plugins.bounds import bounds_of, check_between, exactly, relative_width
 from tests.plugins.forms import (
     EVERY_KIND,
     FORMATS,
@@ -231,6 +231,9 @@ def test_rows_do_not_depend_on_the_tile_they_fall_into(on_host: Native, kind: tu
     at_start=st.booleans(),
     kind=st.sampled_from(EVERY_KIND),
 )
+@example(
+    seed=0, tokens=20, top_k=2, experts=9, order=True, at_start=False, kind=("fused", "channel", "static")
+)  # a hidden value of row 4 lies at a tie
 def test_experts_with_broken_indices(
     on_host: Native,
     seed: int,
@@ -261,7 +264,10 @@ def test_experts_with_broken_indices(
     candidates = []
     for e in range(experts):
         harmless["expert_offsets"] = np.where(np.arange(experts + 1) <= e, 0, rows_count)
-        candidates.append(by_oracle(harmless, made, top_k))
+        if made.form.activations == "none":
+            candidates.append(exactly(by_oracle(harmless, made, top_k)))
+        else:  # next to a tie of two codes, either is right
+            candidates.append(bounds_of(harmless, made, top_k))
     for i, row in enumerate(results[0]):
         claims = [e for e in range(experts) if feeds["expert_offsets"][e] <= i < feeds["expert_offsets"][e + 1]]
         if np.isnan(row).all():
@@ -269,7 +275,8 @@ def test_experts_with_broken_indices(
             assert not (order and claims and exists[i]), (i, claims)
             continue
         assert exists[i] and claims, (i, claims, exists[i])
-        assert any(np.allclose(row, candidates[e][i], rtol=1e-5, atol=1e-6) for e in claims), (i, claims)
+        nearest = [np.clip(row, candidates[e].low[i], candidates[e].high[i]) for e in claims]
+        assert any(np.allclose(row, one, rtol=1e-5, atol=1e-6) for one in nearest), (i, claims)
 
 
 # -- refused calls
